@@ -1,0 +1,141 @@
+"""The answers that the graph gives: values that name modules by their paths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Runs = tuple[tuple[int, int], ...]
+"""Half-open runs (start, stop) of output features, in order."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear map inside the model: the module at `path`, and which of its output features.
+
+    `rows` is one run over all features for a plain projection, a part of them for a fused one (GPT-2's third,
+    Phi-3's unequal part), and one run a head where heads are interleaved (GPT-NeoX).
+    """
+
+    path: str
+    rows: Runs
+
+    @property
+    def features(self) -> int:
+        """Number of output features."""
+        return sum(stop - start for start, stop in self.rows)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention. `path` is the deepest module that contains the whole of it.
+
+    `output` is None where no linear map reads the heads' mixture directly. `key` and `value` are None where they are
+    not linear maps of the module (an additive attention, a convolution in between). `cross` is True where the keys
+    come from another sequence than the queries. `causal` is read from the op or from its mask.
+    """
+
+    path: str
+    query: Projection | None
+    key: Projection | None
+    value: Projection | None
+    output: Projection | None
+    heads: int
+    kv_heads: int
+    head_size: int
+    causal: bool
+    cross: bool
+    positions: Literal["none", "rotary", "relative"]
+    """How positions enter inside the attention; learned absolute positions enter at the embeddings."""
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """A feed-forward part: `down(activation(up(x)))`, or `down(activation(gate(x)) * up(x))` when gated.
+
+    `activation` is the name of the op in the trace: gelu, gelu_tanh, relu, silu, sigmoid, ... `up` and `gate` may be
+    parts of one fused module.
+    """
+
+    path: str
+    up: Projection
+    gate: Projection | None
+    down: Projection
+    activation: str
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm, and who reads its output.
+
+    `readers` are the weighted modules (linear, conv) that read the normalized tensor directly, through nothing but
+    reshaping, transposing, slicing, padding, rolling, casting and dropout. `residual` is True where anything else reads
+    it too (an addition, a pooling, the model's output), so that a scale cannot be moved from the norm to its readers.
+    """
+
+    path: str
+    kind: Literal["layer", "rms", "batch", "group"]
+    readers: tuple[str, ...]
+    residual: bool
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A run of structurally equal blocks, each reading the one before it; `path` is their container."""
+
+    path: str
+    blocks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ConvNorm:
+    """A convolution or linear map whose only reader is a batch norm (`order` "conv-bn"), or the reverse ("bn-conv")."""
+
+    conv: str
+    norm: str
+    order: Literal["conv-bn", "bn-conv"]
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Parameter names that share one tensor."""
+
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A module with a weight that multiplies its input, as the trace saw it run once.
+
+    `reads` identifies the tensor that it reads after looking through reshapes and casts: modules with the same
+    `reads` read the same values and share one activation range. `macs` are multiply-accumulates for the example.
+    `role` is "body", or "head" where its output is a model output (through nothing but cheap ops) over a vocabulary
+    or classes, or "embedding" for a look-up.
+    """
+
+    path: str
+    kind: Literal["linear", "conv", "embedding"]
+    role: Literal["body", "head", "embedding"]
+    reads: str
+    macs: int
+
+
+@dataclass(frozen=True)
+class Graph:
+    """All answers for one model, computed once from one trace."""
+
+    weights: tuple[Weight, ...]
+    stacks: tuple[Stack, ...]
+    attentions: tuple[Attention, ...]
+    mlps: tuple[Mlp, ...]
+    norms: tuple[Norm, ...]
+    conv_norms: tuple[ConvNorm, ...]
+    ties: tuple[Tie, ...]
+    residual_writers: tuple[str, ...]
+    """Weighted modules whose output is added to the residual stream."""
+    macs: dict[str, int]
+    """Multiply-accumulates of every module path for the example, children included; "" is the whole model."""
+
+    def weight(self, path: str) -> Weight | None:
+        """The weighted module at `path`, or None."""
+        return next((weight for weight in self.weights if weight.path == path), None)

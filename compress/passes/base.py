@@ -1,0 +1,80 @@
+"""What a pass is: its settings, one check, one application, and the way back from its record."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from compress.progress import SILENT, Observer
+from compress.report import Change, Effect, Skip
+from compress.scope import Scope
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from compress.model import Model
+
+Needs = Literal["nothing", "calibration", "training"]
+Batches = Iterable[Mapping[str, "torch.Tensor"]]
+"""Batches of forward keyword arguments. May be iterated more than once, with the same result each time."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass may use besides the model. Batches are None where the recipe names no data for them."""
+
+    device: str = "cpu"
+    seed: int = 0
+    calibration: Batches | None = None
+    training: Batches | None = None
+    evaluation: Batches | None = None
+    targets: tuple[str, ...] = ()
+    observer: Observer = SILENT
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a pass did: the module (edited in place or new), its changes, and what it left alone and why.
+
+    `record` holds JSON values only: with it and the settings, `restore` rebuilds the same structure without data.
+    """
+
+    module: nn.Module
+    changes: tuple[Change, ...]
+    skips: tuple[Skip, ...] = ()
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+class Pass(BaseModel, ABC):
+    """A compression pass. The fields of a subclass are its settings; a subclass is final.
+
+    A subclass declares `use: Literal["its-name"] = "its-name"`, and says by class variables whether it keeps the
+    function (`effect`) and which data it `needs`. It holds no state, prints nothing, and reads no files. Its module
+    imports no torch at the top, so that recipes are validated without it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    effect: ClassVar[Effect]
+    needs: ClassVar[Needs]
+
+    use: str
+    scope: Scope = Scope()
+    allow_empty: bool = False
+    """Go on when the pass finds nothing to do, instead of failing."""
+
+    def check(self, model: Model) -> None:
+        """Raise `Unsuitable` if this pass cannot serve `model`; rules about the order of passes read its history."""
+
+    @abstractmethod
+    def apply(self, model: Model, context: Context) -> Result:
+        """Run the pass. Owns `model.module` and may edit it in place; the runner has made the copy."""
+
+    @abstractmethod
+    def restore(self, module: nn.Module, record: dict[str, Any]) -> nn.Module:
+        """Give `module`, freshly built and not yet loaded, the structure that `apply` gave it. Needs no data."""

@@ -1,0 +1,1 @@
+"""Rewrites of an ONNX graph for one runtime, one idea a file."""
