@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 Effect = Literal["exact", "lossy"]
@@ -58,4 +58,3 @@ class Step:
     bytes_after: int
     seconds: float
     resumed: bool = False
-    facts: dict[str, Any] = field(default_factory=dict)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,14 @@ from pydantic import BaseModel, ConfigDict
 
 from compress.progress import SILENT, Observer
 from compress.report import Parity
+from compress.timing import Variant
 
 if TYPE_CHECKING:
-    import torch
-
     from compress.model import Model
+
+
+Runner = Callable[..., Any]
+"""Takes forward keyword arguments (tensors) and returns what the source model returns, as attributes and keys."""
 
 
 @dataclass(frozen=True)
@@ -62,17 +66,41 @@ class Target(BaseModel, ABC):
     A subclass declares `use: Literal["its-name"] = "its-name"`. Its module imports nothing heavy at the top.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     use: str
 
     def check(self, model: Model) -> None:
-        """Raise `MissingPackage` or `Unsuitable` before any work is done."""
+        """Raise `MissingPackage` or `Unsuitable` before any work is done. `model` is not compressed yet."""
+
+    def baseline(self) -> Target:
+        """The target that exports the uncompressed model in the same way and the same float precision."""
+        return self
 
     @abstractmethod
     def write(self, model: Model, into: Path, observer: Observer = SILENT) -> Artifact:
-        """Write `model` into the new folder `into`, prove it against `model.module`, which is left as it was."""
+        """Write `model` into the empty folder `into`, prove it against `model.module`, which is left as it was."""
 
     @abstractmethod
-    def run(self, artifact: Artifact, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run a written artifact on `inputs`."""
+    def load(self, artifact: Artifact) -> Runner:
+        """Open a written artifact. Raises `Unsuitable` where it cannot run on this machine."""
+
+    def variant(self, artifact: Artifact, name: str, inputs: Path) -> Variant | None:
+        """How to time `artifact` on the tensors in the safetensors file `inputs`; None if it cannot run here."""
+        del artifact, name, inputs
+        return None
+
+
+def files_of(folder: Path) -> tuple[File, ...]:
+    """Every file below `folder` with its size and sha256, by name."""
+    return tuple(
+        File(str(path.relative_to(folder)), path.stat().st_size, sha256(path))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    )
+
+
+def sha256(path: Path) -> str:
+    """Hex sha256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

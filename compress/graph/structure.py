@@ -13,8 +13,8 @@ Runs = tuple[tuple[int, int], ...]
 class Projection:
     """A linear map inside the model: the module at `path`, and which of its output features.
 
-    `rows` is one run over all features for a plain projection, a part of them for a fused one (GPT-2's third,
-    Phi-3's unequal part), and one run a head where heads are interleaved (GPT-NeoX).
+    `rows` is one run over all features for a plain projection, a part of them for a fused one (GPT-2's third, Phi-3's
+    unequal part), and one run a head where heads are interleaved (GPT-NeoX).
     """
 
     path: str
@@ -53,8 +53,9 @@ class Attention:
 class Mlp:
     """A feed-forward part: `down(activation(up(x)))`, or `down(activation(gate(x)) * up(x))` when gated.
 
-    `activation` is the name of the op in the trace: gelu, gelu_tanh, relu, silu, sigmoid, ... `up` and `gate` may be
-    parts of one fused module.
+    `activation` is named by what it computes: gelu, gelu_tanh, quick_gelu, relu, silu, sigmoid, ... `up` and `gate`
+    may be parts of one fused module. `depthwise` names convolutions between `up` and `down` that map each hidden
+    feature alone (as in SegFormer): whatever removes a hidden feature must remove it there too.
     """
 
     path: str
@@ -62,6 +63,7 @@ class Mlp:
     gate: Projection | None
     down: Projection
     activation: str
+    depthwise: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,10 @@ class Norm:
     """A norm, and who reads its output.
 
     `readers` are the weighted modules (linear, conv) that read the normalized tensor directly, through nothing but
-    reshaping, transposing, slicing, padding, rolling, casting and dropout. `residual` is True where anything else reads
-    it too (an addition, a pooling, the model's output), so that a scale cannot be moved from the norm to its readers.
+    reshaping, transposing, slicing, padding, rolling, casting and dropout. `residual` is True where anything else
+    reads it too (an addition, a pooling, the model's output), so that a scale cannot be moved from the norm to its
+    readers. Input feature i of a reader is feature i of the norm, at every run of the reader; a module that reads
+    other tensors too is none, and counts as something else.
     """
 
     path: str
@@ -105,12 +109,13 @@ class Tie:
 
 @dataclass(frozen=True)
 class Weight:
-    """A module with a weight that multiplies its input, as the trace saw it run once.
+    """A module with a weight that multiplies its input, and that does nothing else (a look-up may also scale), so that
+    another module can stand in for it.
 
-    `reads` identifies the tensor that it reads after looking through reshapes and casts: modules with the same
-    `reads` read the same values and share one activation range. `macs` are multiply-accumulates for the example.
-    `role` is "body", or "head" where its output is a model output (through nothing but cheap ops) over a vocabulary
-    or classes, or "embedding" for a look-up.
+    `reads` identifies the tensor that it reads after looking through reshapes and casts: modules with the same `reads`
+    read the same values and share one activation range. The tensors of a module that runs several times are joined by
+    "|". `macs` are multiply-accumulates of all its runs for the example. `role` is "body", or "head" where its output
+    is a model output (through nothing but cheap ops) over a vocabulary or classes, or "embedding" for a look-up.
     """
 
     path: str

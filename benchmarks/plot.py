@@ -1,0 +1,109 @@
+"""Draw a table: quality against speed, one panel a shape, every point labelled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import Row, Table
+
+LEAST = 1e-6
+"""Distances below this, which float32 variants have by rounding alone, are drawn here."""
+
+PLACES = sorted(
+    ((across, up) for across in (12, -12, 50, -50) for up in range(-96, 97, 12)),
+    key=lambda place: abs(place[0]) + abs(place[1]),
+)
+"""Where a label may stand, as offsets from its point in points of print, nearest first."""
+
+
+def draw(table: Table, file: Path) -> None:
+    """Write the plot as a picture. Upwards goes the distance 1 - lowest cosine, logarithmic, best on top."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.4 * len(table.shapes)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(table.shapes), 1, squeeze=False)[:, 0]
+    machine = table.machine
+    figure.suptitle(f"{table.title}: {machine.cpu} ({', '.join(machine.flags)}), {table.threads} threads")
+    figure.supylabel("1 - lowest cosine to the float32 embedding (better upwards)")
+    for panel, shape in zip(panels, table.shapes, strict=True):
+        _points(panel, table, shape)
+    figure.canvas.draw()
+    for panel, shape in zip(panels, table.shapes, strict=True):
+        _labels(panel, table.rows, shape)
+    figure.savefig(file, dpi=120)
+
+
+def _points(panel: Any, table: Table, shape: str) -> None:
+    panel.set_yscale("log")
+    panel.set_ylim(4, LEAST / 4)
+    panel.set_xlim(0, 1.15 * max(row.speedup[shape].high for row in table.rows))
+    panel.set_title(f"{shape} tokens")
+    panel.set_xlabel(f"times as fast as {table.baseline} (in brackets: STS-B Spearman x 100)")
+    panel.grid(alpha=0.3)
+    for row in table.rows:
+        speed = row.speedup[shape]
+        low_high = [[speed.median - speed.low], [speed.high - speed.median]]
+        panel.errorbar(*_point(row, shape), xerr=low_high, fmt="o", capsize=3, color=_colour(row, table.rows))
+
+
+def _colour(row: Row, rows: Sequence[Row]) -> str:
+    """One colour for all rows of a family: those whose names begin with the same word."""
+    families = list(dict.fromkeys(other.name.split()[0] for other in rows))
+    return f"C{families.index(row.name.split()[0])}"
+
+
+def _point(row: Row, shape: str) -> tuple[float, float]:
+    return row.speedup[shape].median, max(1 - row.cosine, LEAST)
+
+
+def _labels(panel: Any, rows: Sequence[Row], shape: str) -> None:
+    """Put each name near its point, at the nearest place where it covers no point and no other name."""
+    from matplotlib.transforms import Bbox
+
+    positions = panel.transData.transform([_point(row, shape) for row in rows])
+    taken = [Bbox.from_extents(x - 8, y - 8, x + 8, y + 8) for x, y in positions]
+    for row in rows:
+        words = f"{row.name} ({row.spearman:.2f})"
+        taken.append(_label(panel, words, _point(row, shape), _colour(row, rows), taken))
+
+
+def _label(panel: Any, words: str, point: tuple[float, float], colour: str, taken: Sequence[Any]) -> Any:
+    """Write `words` near `point` and give the box that they fill, in pixels."""
+    text = panel.text(0, 0, words, fontsize=9)
+    size = text.get_window_extent()
+    text.remove()
+    boxes = [_box(panel, size, point, place) for place in PLACES]
+    free = (number for number, box in enumerate(boxes) if _fits(box, panel.bbox, taken))
+    best = next(free, 0)
+    across = PLACES[best][0]
+    panel.annotate(
+        words,
+        point,
+        PLACES[best],
+        textcoords="offset points",
+        ha="left" if across > 0 else "right",
+        va="center",
+        fontsize=9,
+        color=colour,
+        arrowprops={"arrowstyle": "-", "alpha": 0.4},
+    ).set_in_layout(False)
+    return boxes[best]
+
+
+def _box(panel: Any, size: Any, point: tuple[float, float], place: tuple[int, int]) -> Any:
+    """The box of a text of `size` at `place` beside `point`, in pixels."""
+    from matplotlib.transforms import Bbox
+
+    pixels = panel.figure.dpi / 72
+    x, y = panel.transData.transform(point) + [pixels * offset for offset in place]
+    left = x if place[0] > 0 else x - size.width
+    return Bbox.from_bounds(left, y - size.height / 2, size.width, size.height)
+
+
+def _fits(box: Any, panel: Any, taken: Sequence[Any]) -> bool:
+    inside = panel.x0 <= box.x0 and box.x1 <= panel.x1 and panel.y0 <= box.y0 and box.y1 <= panel.y1
+    return inside and not any(box.overlaps(other) for other in taken)

@@ -1,0 +1,49 @@
+"""Compression passes, the runner that proves them, and recipes.
+
+import compress, export
+
+model = compress.load_model("path-or-name", task="feature-extraction")
+outcome = compress.apply(model, "bert-int8-cpu")
+compress.save(outcome.model, "build/minilm")
+artifact = export.Onnx(runtime="cpu").write(outcome.model, "build/minilm-onnx")
+"""
+
+from compress.build import apply, build
+from compress.checkpoint import load, open_model, save
+from compress.errors import ModelpressError
+from compress.model import Model, load_model
+from compress.passes.base import Context, Pass, Result
+from compress.passes.quantize import Quantize
+from compress.passes.smooth import Smooth
+from compress.pipeline import Outcome, run
+from compress.recipe import Recipe, load_recipe
+from compress.report import Change, Parity, Skip, Step
+from compress.scope import Scope
+from compress.target import Artifact, Target
+
+__all__ = [
+    "Artifact",
+    "Change",
+    "Context",
+    "Model",
+    "ModelpressError",
+    "Outcome",
+    "Parity",
+    "Pass",
+    "Quantize",
+    "Recipe",
+    "Result",
+    "Scope",
+    "Skip",
+    "Smooth",
+    "Step",
+    "Target",
+    "apply",
+    "build",
+    "load",
+    "load_model",
+    "load_recipe",
+    "open_model",
+    "run",
+    "save",
+]

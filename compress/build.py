@@ -1,0 +1,143 @@
+"""The whole flow: a recipe becomes a compressed checkpoint, exported artifacts, and the proof beside them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compress.checkpoint import open_model, write_checkpoint
+from compress.data import as_batches, batches
+from compress.errors import NotAccepted, RecipeError
+from compress.folders import disk_errors, empty, kept_folder
+from compress.manifest import Manifest
+from compress.model import Model
+from compress.passes.base import Context, Pass
+from compress.pipeline import Outcome, run
+from compress.progress import SILENT, Observer, task
+from compress.recipe import Recipe, load_recipe
+from compress.target import Artifact, Target, files_of
+from compress.verdict import judge, shortfalls
+
+if TYPE_CHECKING:
+    import torch
+
+
+def apply(
+    model: Model,
+    recipe: str | Path | Recipe | Sequence[Pass],
+    *,
+    calibration: Iterable[Mapping[str, torch.Tensor]] | None = None,
+    training: Iterable[Mapping[str, torch.Tensor]] | None = None,
+    seed: int = 0,
+    observer: Observer = SILENT,
+) -> Outcome:
+    """Run the passes of a recipe (its name, path or value) or a list of passes over a copy of `model`.
+
+    Data given here goes before the recipe's. Nothing is written. Raises what the passes raise, `NothingToDo` for
+    a pass that changed nothing, and `Unproved` for a step whose outputs are wrong.
+    """
+    if isinstance(recipe, (str, Path)):
+        recipe = load_recipe(recipe)
+    passes = recipe.passes if isinstance(recipe, Recipe) else tuple(recipe)
+    context = replace(
+        recipe_context(recipe, model) if isinstance(recipe, Recipe) else Context(),
+        seed=seed,
+        observer=observer,
+    )
+    if calibration is not None:
+        context = replace(context, calibration=as_batches(calibration, model))
+    if training is not None:
+        context = replace(context, training=as_batches(training, model))
+    return run(model, passes, context)
+
+
+def recipe_context(recipe: Recipe, model: Model) -> Context:
+    """The data and targets that a recipe names, as its passes take them."""
+    data = recipe.data
+    return Context(
+        calibration=batches(data.calibration, model) if data.calibration else None,
+        training=batches(data.training, model) if data.training else None,
+        targets=tuple(target.use for target in recipe.export),
+    )
+
+
+def build(recipe: Recipe, into: str | Path, *, observer: Observer = SILENT, force: bool = False) -> Manifest:
+    """Compress, export and prove as `recipe` says, into the new folder `into`.
+
+    The folder holds `checkpoint/`, one folder an export, and `manifest.json`. It appears whole: until then the work
+    is in `into.partial`, from whose last finished pass a later run goes on. Raises `NotAccepted`, after the
+    folder is in place, if a demand of the recipe's `accept` is not met.
+    """
+    into, begun = Path(into), time.perf_counter()
+    with kept_folder(into, force) as partial:
+        empty(partial, keep=("steps",))
+        steps = partial / "steps"
+        steps.mkdir(exist_ok=True)
+        model = load_named(recipe, observer)
+        for target in recipe.export:
+            target.check(model)
+        context = replace(recipe_context(recipe, model), observer=observer)
+        outcome = run(model, recipe.passes, context, store=steps)
+        (partial / "checkpoint").mkdir()
+        write_checkpoint(outcome.model, partial / "checkpoint")
+        artifacts = [
+            write(target, outcome.model, partial / name, observer)
+            for name, target in zip(artifact_names(recipe.export), recipe.export, strict=True)
+        ]
+        verdicts = [
+            judge(recipe, target, artifact, model, partial, observer)
+            for target, artifact in zip(recipe.export, artifacts, strict=True)
+        ]
+        manifest = Manifest(
+            folder=into,
+            recipe=recipe.model_dump(mode="json"),
+            model=model.source,
+            steps=outcome.steps,
+            checkpoint=files_of(partial / "checkpoint"),
+            verdicts=tuple(verdicts),
+            metric=recipe.data.evaluation.metric if recipe.data.evaluation else None,
+            failures=shortfalls(recipe, verdicts),
+            seconds=time.perf_counter() - begun,
+            shape=recipe.measure.shape,
+        )
+        manifest.write(partial)
+        empty(partial, keep=("checkpoint", "manifest.json", *artifact_names(recipe.export)))
+    return manifest
+
+
+def load_named(recipe: Recipe, observer: Observer = SILENT) -> Model:
+    """The model that the recipe names."""
+    if recipe.model.name is None:
+        raise RecipeError(
+            "The recipe names no model.", "Pass --model FOLDER_OR_NAME, or set `model: {name: ...}`."
+        )
+    with task(observer, "load the model"):
+        return open_model(recipe.model.name, recipe.model.task, dtype=recipe.model.dtype)
+
+
+def write(target: Target, model: Model, into: Path, observer: Observer = SILENT) -> Artifact:
+    """Write `model` with `target` into the new folder `into`."""
+    into.mkdir()
+    with disk_errors(into), task(observer, f"export to {target.use}"):
+        return target.write(model, into, observer)
+
+
+def artifact_names(targets: Sequence[Target]) -> tuple[str, ...]:
+    """One folder name a target: its `use`, numbered from the second of a kind on."""
+    names: list[str] = []
+    for target in targets:
+        count = sum(earlier.use == target.use for earlier in targets[: len(names)])
+        names.append(target.use if count == 0 else f"{target.use}-{count + 1}")
+    return tuple(names)
+
+
+def require_accepted(manifest: Manifest) -> None:
+    """Raise `NotAccepted` if a demand of the recipe's `accept` was not met."""
+    if manifest.failures:
+        raise NotAccepted(
+            f"Everything is built in {manifest.folder}, but not accepted: {'; '.join(manifest.failures)}.",
+            "Loosen `accept`, or compress less: a narrower scope, other ranges, fewer passes.",
+        )

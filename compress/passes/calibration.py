@@ -1,0 +1,133 @@
+"""Runs the calibration batches through a model and shows the inputs of chosen modules to those who ask.
+
+Padding is left out: where a batch has `input_ids` and an `attention_mask` for them (with or without a prefix
+such as `decoder_`), and the tensor that is watched runs over the same batch and sequence, only the positions
+that the mask keeps are shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import DataError, ModelpressError, Unproved
+from compress.passes.base import Context
+from compress.progress import track
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Watch:
+    """A watched module: `see(index, values)` is called with each positional tensor that it is given.
+
+    `sequence` is the dimension of its inputs that runs over the sequence, if any does. With padding left out,
+    values come as (positions, ...); otherwise in their own shape.
+    """
+
+    see: Callable[[int, Tensor], None]
+    sequence: int | None = 1
+
+
+def watch(module: nn.Module, context: Context, watches: Mapping[str, Watch], what: str) -> None:
+    """Run every calibration batch through `module`, which must be in evaluation mode; keys are module paths.
+
+    Raises `DataError` if there is no batch or the model cannot take one, `Unproved` if a watched input is not
+    finite.
+    """
+    import torch
+
+    batches = required(context, what)
+    count = 0
+    with torch.no_grad():
+        for count, batch in enumerate(track(context.observer, what, batches), start=1):
+            placed = {name: value.to(context.device) for name, value in batch.items()}
+            with ExitStack() as hooks:
+                for path, one in watches.items():
+                    hooks.enter_context(_hooked(module.get_submodule(path), path, one, placed, count))
+                _forward(module, placed, count)
+    if not count:
+        raise DataError(
+            f"{what}: the calibration data gives no batches.",
+            "Check that the file of `data: {calibration: ...}` is not empty and `samples` is at least 1.",
+        )
+
+
+def required(context: Context, what: str) -> Any:
+    """The calibration batches. Raises `DataError` if the recipe names no data for them."""
+    if context.calibration is None:
+        raise DataError(
+            f"{what} needs calibration data, and there is none.",
+            "Name a file: `data: {calibration: {text: FILE}}` in the recipe, or `--calibration FILE`.",
+        )
+    return context.calibration
+
+
+def _forward(module: nn.Module, batch: dict[str, Tensor], number: int) -> None:
+    try:
+        module(**batch)
+    except ModelpressError:
+        raise
+    except (TypeError, ValueError, RuntimeError, LookupError) as cause:
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.items())
+        raise DataError(
+            f"The model cannot take calibration batch {number} ({shapes}): {type(cause).__name__}: {cause}",
+            "The batches must be keyword arguments of the model's forward, in shapes that it takes.",
+        ) from cause
+
+
+@contextmanager
+def _hooked(
+    layer: nn.Module, path: str, one: Watch, batch: Mapping[str, Tensor], number: int
+) -> Iterator[None]:
+    def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for index, value in enumerate(_floats((*args, *kwargs.values()))):
+            kept = unpadded(value, batch, one.sequence)
+            if kept.numel():
+                _require_finite(kept, path, number)
+                one.see(index, kept)
+
+    handle = layer.register_forward_pre_hook(see, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _floats(values: Iterable[Any]) -> list[Tensor]:
+    import torch
+
+    return [value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
+
+
+def _require_finite(values: Tensor, path: str, number: int) -> None:
+    low, high = values.aminmax()  # one pass over the values, and NaN comes through
+    if not (low.isfinite() and high.isfinite()):
+        raise Unproved(
+            f"The input of `{path}` holds values that are not finite in calibration batch {number}.",
+            "Check the model's weights and that batch; a model in float16 may overflow, load it in float32.",
+        )
+
+
+def unpadded(values: Tensor, batch: Mapping[str, Tensor], sequence: int | None) -> Tensor:
+    """`values` (batch, ..., sequence, ...) without padding: (positions, ...); all of them if nothing says
+    what is padding.
+
+    A position counts if any of the batch's sequences of that length has a token there.
+    """
+    import torch
+
+    if sequence is None or values.dim() <= sequence:
+        return values
+    values = values.movedim(sequence, 1)
+    masks = [
+        batch.get(name.replace("input_ids", "attention_mask"), torch.ones_like(ids))
+        for name, ids in batch.items()
+        if name.endswith("input_ids") and ids.shape == values.shape[:2]
+    ]
+    if not masks or any(mask.shape != values.shape[:2] for mask in masks):
+        return values
+    return values[torch.stack([mask.bool() for mask in masks]).any(0)]

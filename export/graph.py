@@ -1,0 +1,134 @@
+"""From a model to its ONNX graph, through transformers' exporter: one graph, dynamic in every size that may vary."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import ModelpressError, Unsuitable
+from export.dimensions import is_cache, name_dimensions
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from torch import nn
+    from transformers.exporters import ExportedModel
+
+    from compress.layers.quantized import Scheme
+    from compress.model import Model
+
+
+def generates(model: Model) -> bool:
+    """Whether `model` writes text token by token, so that its graph needs a key-value cache."""
+    return model.task == "text-generation" and hasattr(model.module, "generate")
+
+
+def export_graph(model: Model, *, opset: int, scheme: Scheme, cache: bool = False) -> ExportedModel:
+    """Trace `model` into one `onnx_ir` graph (`.program`), with what a runner needs to call it
+    (`.components`).
+
+    Weights are the module's own tensors, not copies. Sizes that differ between calls are named: `batch`,
+    `sequence`, and so on (see `name_dimensions`). Quantized layers are lowered to `scheme`.
+
+    With `cache` the graph takes the key-value cache and any number of new tokens: an empty cache makes it the
+    first step, one new token the following ones, so the weights are stored once. Without it no cache is
+    returned.
+
+    Raises `Unsuitable` with the first line of the cause if the model cannot be traced or translated.
+    """
+    from transformers.exporters import OnnxConfig, OnnxExporter
+
+    from compress.layers.quantized import lowered
+
+    settings = OnnxConfig(dynamic=True, opset_version=opset)
+    try:
+        with quiet(), lowered(model.module, scheme), using_cache(model.module, cache):
+            module, inputs = _traced_call(model, cache)
+            exported = OnnxExporter().export(module, inputs, config=settings)
+    except ModelpressError:
+        raise  # an interruption, for one, says nothing about the model
+    except Exception as error:
+        raise _untraceable(model, error) from error
+    _fix_numbers_in_cache(exported.program.graph, inputs)
+    name_dimensions(exported.program.graph)
+    return exported
+
+
+def _fix_numbers_in_cache(graph: ir.Graph, inputs: dict[str, Any]) -> None:
+    """Make single numbers among the cache inputs, such as a window's length, constants: they never change."""
+    import onnx_ir as ir
+    from transformers.exporters.utils import onnx_inputs
+
+    numbers = [
+        value for value in graph.inputs if is_cache(value) and value.shape is not None and not value.shape
+    ]
+    found = onnx_inputs([str(value.name) for value in numbers], inputs)
+    for value in numbers:
+        value.const_value = ir.tensor(found[str(value.name)].numpy(), name=value.name)
+        graph.inputs.remove(value)
+        graph.register_initializer(value)
+
+
+def _traced_call(model: Model, cache: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """The module and the forward arguments to trace: the example, or a decoding step of two tokens after it."""
+    from transformers.exporters.utils import decompose_for_generation
+
+    inputs = _with_padding(dict(model.example), cache)
+    if not cache:
+        return model.module, inputs
+    module: Any = model.module
+    return decompose_for_generation(module, inputs, multi_token_decode=True)["decode"]
+
+
+def _with_padding(inputs: dict[str, Any], cache: bool) -> dict[str, Any]:
+    """`inputs` with a mask that masks something: models leave a mask of ones out, and the graph would ignore it."""
+    import torch
+
+    mask = inputs.get("attention_mask")
+    if mask is None and cache:
+        mask = torch.ones_like(inputs["input_ids"])
+    if mask is None or mask.dim() != 2 or mask.shape[1] < 2 or not mask.bool().all():
+        return inputs
+    mask = mask.clone()
+    mask[0, 0] = 0
+    return {**inputs, "attention_mask": mask}
+
+
+def _untraceable(model: Model, error: Exception) -> Unsuitable:
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    first_line = (str(cause).strip() or repr(cause)).splitlines()[0]
+    return Unsuitable(
+        f"{type(model.module).__name__} cannot be exported to ONNX: {type(cause).__name__}: {first_line}",
+        f"The example holds {', '.join(model.example)}. Check that the module runs on it, that its forward keeps to "
+        "tensors (no `.item()`, no Python branches on values), and that every operation has an ONNX translation.",
+    )
+
+
+@contextlib.contextmanager
+def using_cache(module: nn.Module, cache: bool) -> Iterator[None]:
+    """Set `use_cache` on every config inside `module` for the block: nested decoders keep their own copies."""
+    configs = {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}
+    with contextlib.ExitStack() as stack:
+        for config in configs.values():
+            if hasattr(config, "use_cache"):
+                stack.callback(setattr, config, "use_cache", config.use_cache)
+                config.use_cache = cache
+        yield
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the exporter's progress prints and warnings off the terminal; errors still raise."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
