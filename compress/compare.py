@@ -2,47 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from compress.errors import Unproved
+from compress.outputs import flatten_outputs, forward
 from compress.report import Parity
 
 if TYPE_CHECKING:
     import torch
 
-    from compress.model import Inputs
+__all__ = [
+    "EXACT_TOLERANCE",
+    "flatten_outputs",
+    "forward",
+    "lowest_cosine",
+    "parity",
+    "require_finite",
+    "worst",
+]
 
 EXACT_TOLERANCE = 1e-4
 """Largest `Parity.relative` that a pass which claims to keep the function may show."""
-
-
-def forward(module: Any, inputs: Inputs) -> dict[str, torch.Tensor]:
-    """The float outputs of `module(**inputs)` without gradients, by name (see `flatten_outputs`)."""
-    import torch
-
-    with torch.no_grad():
-        return flatten_outputs(module(**inputs))
-
-
-def flatten_outputs(output: Any) -> dict[str, torch.Tensor]:
-    """The float tensors of a model's output by name: `logits`, `hidden_states.0`, ... Caches are left out."""
-    import torch
-
-    named = ((name, value) for name, value in _leaves("", output) if isinstance(value, torch.Tensor))
-    return {name: value.detach() for name, value in named if value.is_floating_point()}
-
-
-def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        items: Iterator[tuple[str, Any]] = ((str(key), item) for key, item in value.items())
-    elif isinstance(value, Sequence) and not isinstance(value, str):
-        items = ((str(index), item) for index, item in enumerate(value))
-    else:
-        yield name or "output", value
-        return
-    for key, item in items:
-        yield from _leaves(f"{name}.{key}" if name else key, item)
 
 
 def parity(

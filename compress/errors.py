@@ -11,6 +11,7 @@
     │   ├── NothingToDo        3  a pass matched nothing
     │   ├── ModelError         3  a model folder is missing, corrupt or not finite
     │   ├── MissingPackage     3  a target's package is not installed
+    │   ├── WrongDevice        3  an artifact is for another device than this machine has
     │   └── Unproved           3  an output is not finite, of another shape, or too far from what it must equal
     └── NotAccepted            4  everything was built, but the recipe's `accept` is not met
 
@@ -78,6 +79,10 @@ class ModelError(Unsuitable):
 
 class MissingPackage(Unsuitable):
     """A package that a target or a data source needs is not installed; the remedy is the pip command."""
+
+
+class WrongDevice(Unsuitable):
+    """An artifact is for another device than this machine has."""
 
 
 class Unproved(Unsuitable):

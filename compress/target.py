@@ -83,7 +83,7 @@ class Target(BaseModel, ABC):
 
     @abstractmethod
     def load(self, artifact: Artifact) -> Runner:
-        """Open a written artifact. Raises `Unsuitable` where it cannot run on this machine."""
+        """Open a written artifact. Raises `WrongDevice` where it is for another device than this machine has."""
 
     def variant(self, artifact: Artifact, name: str, inputs: Path) -> Variant | None:
         """How to time `artifact` on the tensors in the safetensors file `inputs`; None if it cannot run here."""

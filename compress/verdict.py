@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from compress.compare import flatten_outputs, forward, parity, worst
 from compress.data import batches
-from compress.errors import Unsuitable
+from compress.errors import WrongDevice
 from compress.evaluate import drop, evaluate
 from compress.manifest import Verdict
 from compress.model import Inputs, Model
@@ -55,7 +55,7 @@ def judge(
 def _runner(target: Target, artifact: Artifact) -> Runner | None:
     try:
         return target.load(artifact)
-    except Unsuitable:
+    except WrongDevice:
         # An engine for another device: there is nothing to run, and the report says so.
         return None
 

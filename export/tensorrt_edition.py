@@ -8,7 +8,7 @@ import importlib
 from types import ModuleType
 from typing import Any, Literal
 
-from compress.errors import MissingPackage, Unsuitable, UsageError
+from compress.errors import MissingPackage, UsageError, WrongDevice
 
 Edition = Literal["rtx", "datacenter"]
 
@@ -63,11 +63,11 @@ def gpu_capability() -> str | None:
 
 
 def require_gpu(needed: tuple[str, ...]) -> None:
-    """Raise `Unsuitable` if this machine has no GPU of one of the compute capabilities `needed`."""
+    """Raise `WrongDevice` if this machine has no GPU of one of the compute capabilities `needed`."""
     found = gpu_capability()
     if found not in needed:
         has = "no usable GPU" if found is None else f"a GPU of compute capability {found}"
-        raise Unsuitable(
+        raise WrongDevice(
             f"This engine runs on GPUs of compute capability {', '.join(needed)}; this machine has {has}.",
             "Run it where such a GPU is, or build it again with the compute capability of yours.",
         )

@@ -22,7 +22,7 @@ class Engine:
     def __init__(self, folder: Path) -> None:
         """Open the engine in `folder`.
 
-        Raises `Unsuitable` without a GPU of its compute capability, and `Unproved` if the runtime refuses it.
+        Raises `WrongDevice` without a GPU of its compute capability, and `Unproved` if the runtime refuses it.
         """
         record = read_record(folder)
         require_gpu(tuple(record["compute_capability"]))

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -21,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from compress.layers.quantized import Activation
 from compress.numerics.affine import Affine, affine
 from compress.numerics.ranges import Range
+from compress.outputs import forward
 
 IMPLEMENTATION = "modelpress_int8"
 
@@ -172,9 +172,7 @@ def _recorded() -> Iterator[dict[nn.Module, None]]:
 
 
 def _outputs(module: nn.Module, example: Mapping[str, Tensor]) -> list[Tensor]:
-    with torch.no_grad():
-        leaves = tree_leaves(module(**example))
-    return [leaf.float() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [value.float() for value in forward(module, example).values()]
 
 
 def _agree(found: list[Tensor], expected: list[Tensor]) -> bool:

@@ -116,11 +116,12 @@ def unpadded(values: Tensor, batch: Mapping[str, Tensor], sequence: int | None) 
     """`values` (batch, ..., sequence, ...) without padding: (positions, ...); all of them if nothing says
     what is padding.
 
-    A position counts if any of the batch's sequences of that length has a token there.
+    A position counts if any of the batch's sequences of that length has a token there. The last dimension holds
+    features, whatever its size: a pooled (batch, features) tensor has no sequence.
     """
     import torch
 
-    if sequence is None or values.dim() <= sequence:
+    if sequence is None or values.dim() <= sequence + 1:
         return values
     values = values.movedim(sequence, 1)
     masks = [

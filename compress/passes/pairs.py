@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 class Pair:
     """`source` can be divided by a scale per feature, and the inputs of all `readers` multiplied by it.
 
-    With `multiply` what stands between them does not let a scale pass, or others read `source` too: then the readers
-    have to divide their input themselves. Otherwise a norm is scaled by its weight and bias; a projection by the rows of its weight and bias that `rows`
-    names. Each of the `kv_heads` equal parts of the features is read `repeats` times in a row (more than once
-    with grouped heads).
+    A norm is scaled by its weight and bias; a projection by the rows of its weight and bias that `rows` names. Each
+    of the `kv_heads` equal parts of the features is read `repeats` times in a row (more than once with grouped
+    heads). With `multiply` what stands between does not let a scale pass, or others read `source` too: then the
+    readers divide their input themselves.
     """
 
     kind: Literal["norm", "value", "up"]

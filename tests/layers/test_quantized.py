@@ -122,7 +122,7 @@ def test_swap_finds_a_shared_layer_everywhere():
 
 
 def test_lowered_sets_the_scheme_and_puts_it_back():
-    model = nn.Sequential(QuantizedLinear(torch.randn(4, 4), None, Activation(LOW, HIGH)))
+    model = nn.Sequential(QuantizedLinear(nn.Linear(4, 4, bias=False), Activation(LOW, HIGH)))
     x = torch.randn(2, 4)
     before = model(x)
     with pytest.raises(RuntimeError, match="stop"), lowered(model, "symmetric"):

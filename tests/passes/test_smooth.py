@@ -9,12 +9,16 @@ import pytest
 import torch
 
 from compress.errors import DataError, Unsuitable
+from compress.layers.linear import ScaledLinear
 from compress.layers.products import _outputs
 from compress.model import Model
 from compress.passes.base import Context, Result
+from compress.passes.calibration import unpadded
 from compress.passes.quantize import Quantize
 from compress.passes.smooth import Smooth
+from compress.pipeline import run
 from compress.scope import Scope
+from compress.testing import check_pass
 from tests.zoo import build
 
 NAMES = ["bert", "gpt2", "opt", "llama", "qwen3", "gemma3", "phi3", "vit", "t5"]
@@ -54,6 +58,41 @@ def test_the_function_is_unchanged_at_both_ends_of_alpha(alpha):
     model = fresh("llama")
     expected = _outputs(model.module, model.example)
     assert distance(_outputs(smooth(model, alpha=alpha).module, model.example), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "vit"])
+def test_readers_multiply_where_a_scale_cannot_be_folded(name):
+    model = fresh(name)
+    expected = _outputs(model.module, model.example)
+    before = len(Smooth().apply(fresh(name), Context(calibration=[model.example])).changes)
+    result = smooth(model, alpha=0.8, multiply=True)
+    multiplied = [change for change in result.changes if change.what == "smoothed, multiplied"]
+    assert len(result.changes) == before + len(multiplied)
+    assert len(multiplied) >= len(model.graph.mlps)
+    assert set(result.record["scaled"]) == {
+        path for path, layer in result.module.named_modules() if isinstance(layer, ScaledLinear)
+    }
+    assert distance(_outputs(result.module, model.example), expected) <= 1e-5
+
+
+def test_what_multiplies_is_still_seen_as_linear_and_quantized():
+    model = build("bert")
+    context = Context(calibration=[model.example])
+    outcome = run(model, [Smooth(alpha=0.8, multiply=True), Quantize()], context)
+    quantized = {change.target for change in outcome.steps[1].changes}
+    assert quantized == {change.target for change in run(model, [Quantize()], context).steps[0].changes}
+
+
+def test_a_multiplying_model_keeps_the_contract():
+    model = build("bert")
+    check_pass(Smooth(alpha=0.8, multiply=True), model, Context(calibration=[model.example]))
+
+
+def test_a_pooled_tensor_as_wide_as_the_sequence_is_long_is_not_taken_for_a_sequence():
+    ids = torch.ones(2, 4, dtype=torch.long)
+    batch = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])}
+    assert unpadded(torch.ones(2, 4), batch, 1).shape == (2, 4)
+    assert unpadded(torch.ones(2, 4, 8), batch, 1).shape == (5, 8)
 
 
 def inputs_of(model: Model, path: str) -> torch.Tensor:
@@ -106,7 +145,7 @@ def test_what_moves_where():
         "model.layers.0.mlp.up_proj",
     } <= targets
     assert result.changes[0].before.startswith("largest channel ")
-    assert result.record == {}
+    assert result.record == {"scaled": []}
 
 
 def test_reasons_for_what_stays():
