@@ -16,10 +16,10 @@ from compress.recipe import Recipe
 from compress.report import Step
 
 EXPORT_SECONDS_PER_MEGABYTE = 0.25
-"""Measured: tracing, writing and proving one ONNX file and its baseline, per megabyte of float32 weights."""
+"""Tracing, writing and proving one artifact and its baseline, per megabyte of float32 weights: a rough guess."""
 EXPORT_SECONDS = 15.0
 FIXED_BYTES = 700 * 10**6
-"""Resident size of Python with torch, transformers and ONNX Runtime loaded, before any weights."""
+"""Resident size of Python with torch, transformers and ONNX Runtime, before any weights: a rough guess."""
 
 
 @dataclass(frozen=True)
