@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers.exporters import ExportedModel
 
     from compress.layers.quantized import Scheme
-    from compress.model import Model
+    from compress.model import Inputs, Model
 
 
 def generates(model: Model) -> bool:
@@ -74,26 +74,26 @@ def _fix_numbers_in_cache(graph: ir.Graph, inputs: dict[str, Any]) -> None:
 
 def _traced_call(model: Model, cache: bool) -> tuple[nn.Module, dict[str, Any]]:
     """The module and the forward arguments to trace: the example, or a decoding step of two tokens after it."""
+    import torch
     from transformers.exporters.utils import decompose_for_generation
 
-    inputs = _with_padding(dict(model.example), cache)
     if not cache:
-        return model.module, inputs
+        return model.module, with_padding(model.example)
     module: Any = model.module
+    inputs = with_padding({"attention_mask": torch.ones_like(model.example["input_ids"]), **model.example})
     return decompose_for_generation(module, inputs, multi_token_decode=True)["decode"]
 
 
-def _with_padding(inputs: dict[str, Any], cache: bool) -> dict[str, Any]:
-    """`inputs` with a mask that masks something: models leave a mask of ones out, and the graph would ignore it."""
-    import torch
+def with_padding(inputs: Inputs) -> dict[str, Any]:
+    """`inputs` with a mask that masks something, the last token of the first row, if it is all ones.
 
+    Models leave a mask of ones out, so a graph traced with one would ignore it, and a proof would not notice.
+    """
     mask = inputs.get("attention_mask")
-    if mask is None and cache:
-        mask = torch.ones_like(inputs["input_ids"])
     if mask is None or mask.dim() != 2 or mask.shape[1] < 2 or not mask.bool().all():
-        return inputs
+        return dict(inputs)
     mask = mask.clone()
-    mask[0, 0] = 0
+    mask[0, -1] = 0
     return {**inputs, "attention_mask": mask}
 
 

@@ -1,90 +1,148 @@
 """The proof of a written graph: it computes what the module computes, at the example's shape and at another.
 
-A float graph must agree to 1e-3 of the largest value. A quantized one is chaotic by nature: a sum that lies
-between two steps of a grid falls to the one or the other by its last bit, and the next layers amplify the
-step. So its bound is measured: the module is run again with every activation disturbed by no more than the
-rounding of a float32 sum, and the graph may be twice as far from the module as the module is from itself, and
-one step more.
+A graph in float must agree with its module to a fixed bound. A quantized one cannot be held to one: where a
+value lies between two integers, the last bit of a sum decides, and one layer's flipped integers flip those of
+the next. So it is proved twice:
+
+1. with the rounding of activations taken out of both, to the fixed bound: the same weights, scales and zero
+   points, in the same places;
+2. with the rounding, to a small multiple of what the module differs from itself by when the last bits of what
+   it rounds are noise.
+
+Padding is left out: a runtime may give any value there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from compress.compare import flatten_outputs, forward, parity, require_finite, worst
+from compress.compare import forward, parity, require_finite, worst
 from compress.errors import Unproved
 from compress.layers.quantized import Activation, Scheme, is_quantized, lowered
-from compress.model import Inputs, Model
+from compress.model import Inputs
 from compress.report import Parity
 from compress.target import TensorSpec
-from export.runners import OnnxRunner
+from export.graph import with_padding
+from export.lowering.unrounded import remove_rounding
 
-FLOAT_TOLERANCE = 1e-3
-STEP = 2 / 255
-"""What one activation that falls to the next step may do to a small model that the draws leave as it is."""
-ROUNDING = 1e-6
-"""The standard deviation of the disturbance, as a part of an activation's range: some units in the last place."""
-DRAWS = 3
+Floats = Literal["float32", "float16"]
+Call = Callable[[Inputs], Mapping[str, Tensor]]
+"""One way to run a graph: inputs by name to outputs by name."""
+Opener = Callable[[Path], Sequence[Call]]
+"""Opens an ONNX file in the runtime that the proof is made on, and gives the ways to run it."""
+Rounding = Callable[[Tensor, Activation], Tensor]
+
+TOLERANCE: Mapping[Floats, float] = {"float32": 1e-4, "float16": 0.02}
+"""Largest `Parity.relative` of a graph without rounding to integers, by the type of its float tensors."""
+
+LAST_BIT: Mapping[Floats, float] = {"float32": 2.0**-22, "float16": 2.0**-10}
+"""Noise on what is rounded to integers, relative to the tensor's largest value: the last bits of a sum."""
+
+ROUNDING_TOLERANCE = 0.02
+"""Added to the noise of a quantized module: in a small one, no integer may have flipped under the noise."""
+
+NOISE_FACTOR = 2.0
+"""How many times the module's own distance under noise a quantized graph may be off."""
 
 
 @dataclass(frozen=True)
-class Bound:
-    """The largest `Parity.relative` and the smallest `Parity.cosine` that a graph may show."""
+class Proof:
+    """How far the graph is from the module, and for a quantized one the two figures of this page's top."""
 
-    relative: float
-    cosine: float
+    floats: Floats
+    parity: Parity
+    without_rounding: Parity | None = None
+    noise: Parity | None = None
 
 
 def prove(
-    model: Model, runner: OnnxRunner, inputs: tuple[TensorSpec, ...], scheme: Scheme
-) -> tuple[Parity, Bound]:
-    """Compare `runner` with `model.module` under `scheme`. Returns the worst parity, and the bound that it keeps.
+    onnx: Path, module: nn.Module, cases: Sequence[Inputs], scheme: Scheme, floats: Floats, opener: Opener
+) -> Proof:
+    """Compare the graph in the file `onnx` with `module` under `scheme`, on every one of `cases`.
 
-    Inputs are the example and `other_sizes` of it, and with a key-value cache also the example in two steps.
-    Padding is left out. Raises `Unproved` for a shape that differs, a value that is not finite, and a
-    distance beyond the bound.
+    Raises `Unproved` for a shape that differs, a value that is not finite, and with the distance and the bound
+    for a graph that is too far off.
     """
-    found, bounds = [], []
-    with lowered(model.module, scheme):
-        for batch in (dict(model.example), other_sizes(model.example, inputs)):
-            reference = forward(model.module, batch)
+    with lowered(module, scheme):
+        references = [forward(module, inputs) for inputs in cases]
+        for reference in references:
             require_finite(reference, "module")
-            found.append(
-                parity(attended(reference, batch), attended(_outputs(runner, batch), batch), "ONNX graph")
-            )
-            bounds.append(bound(model.module, batch))
-        if runner.cached:
-            found.append(_proved_steps(model, runner))
-    widest = Bound(max(one.relative for one in bounds), min(one.cosine for one in bounds))
-    _require(worst(found), widest)
-    return worst(found), widest
+        if not is_quantized(module):
+            found = _distance(opener(onnx), cases, references)
+            _require(found, TOLERANCE[floats], "")
+            return Proof(floats, found)
+        plain = _without_rounding(onnx, module, cases, opener)
+        _require(plain, TOLERANCE[floats], ", both without the rounding to integers")
+        found = _distance(opener(onnx), cases, references)
+        noise = _noise(module, cases, references, LAST_BIT[floats])
+        _require(found, ROUNDING_TOLERANCE + NOISE_FACTOR * noise.relative, "")
+        return Proof(floats, found, plain, noise)
 
 
-def _require(found: Parity, allowed: Bound) -> None:
-    if found.relative > allowed.relative or found.cosine < allowed.cosine:
+def _require(found: Parity, bound: float, where: str) -> None:
+    if found.relative > bound:
         raise Unproved(
-            f"The ONNX graph is {found.relative:.2g} of the largest value off the module, with a lowest cosine of "
-            f"{found.cosine:.6f}; allowed are {allowed.relative:.2g} and {allowed.cosine:.6f}.",
-            "Export with runtime: standard, which shows whether a rewrite for the CPU is the cause.",
+            f"The ONNX graph is {found.relative:.2g} of the largest value off its module{where}; "
+            f"allowed is {bound:.2g}.",
+            "Export in a plainer form, which shows the cause: for onnx `runtime: standard`, for tensorrt `precision: "
+            "float32`.",
         )
 
 
-def _outputs(runner: OnnxRunner, inputs: Inputs) -> dict[str, Tensor]:
-    return flatten_outputs(runner(**inputs))
+def _distance(
+    calls: Sequence[Call], cases: Sequence[Inputs], references: Sequence[Mapping[str, Tensor]]
+) -> Parity:
+    return worst(
+        parity(attended(reference, inputs), attended(call(inputs), inputs), "ONNX graph")
+        for call in calls
+        for inputs, reference in zip(cases, references, strict=True)
+    )
 
 
-def _proved_steps(model: Model, runner: OnnxRunner) -> Parity:
-    """The last token's output after a first step without it, against the module over all tokens."""
-    tokens = model.example["input_ids"]
-    reference = forward(model.module, {"input_ids": tokens})
-    first = runner(input_ids=tokens[:, :-1])
-    last = flatten_outputs(runner(input_ids=tokens[:, -1:], past_key_values=first.past_key_values))
-    return parity({name: reference[name][:, -1:] for name in last}, last, "ONNX graph with a cache")
+def _without_rounding(onnx: Path, module: nn.Module, cases: Sequence[Inputs], opener: Opener) -> Parity:
+    """The distance of graph and module when activations are rounded in neither; weights stay integers."""
+    unrounded = onnx.with_stem(f"{onnx.stem}-unrounded")
+    model = ir.load(onnx)
+    remove_rounding(model)
+    ir.save(model, unrounded)  # shares the weights' file with `onnx`
+    try:
+        with _activations(module, lambda x, _: x):
+            return _distance(opener(unrounded), cases, [forward(module, inputs) for inputs in cases])
+    finally:
+        unrounded.unlink()
+
+
+def _noise(
+    module: nn.Module, cases: Sequence[Inputs], references: Sequence[Mapping[str, Tensor]], size: float
+) -> Parity:
+    """How far `module` is from itself with noise, `size` of the largest value, on everything that it rounds."""
+    generator = torch.Generator().manual_seed(0)
+
+    def shake(x: Tensor, layer: Activation) -> Tensor:
+        noise = torch.randn(x.shape, generator=generator).to(x.dtype)
+        return layer.rounded(x + size * x.abs().max() * noise)
+
+    with _activations(module, shake):
+        return _distance([lambda inputs: forward(module, inputs)], cases, references)
+
+
+@contextmanager
+def _activations(module: nn.Module, replace: Rounding) -> Iterator[None]:
+    """Let every `Activation` of `module` give `replace(input, layer)` inside the block."""
+    with ExitStack() as stack:
+        for layer in module.modules():
+            if isinstance(layer, Activation):
+                hook = layer.register_forward_hook(lambda layer, inputs, _: replace(inputs[0], layer))
+                stack.callback(hook.remove)
+        yield
 
 
 def attended(outputs: Mapping[str, Tensor], inputs: Inputs) -> dict[str, Tensor]:
@@ -100,41 +158,9 @@ def attended(outputs: Mapping[str, Tensor], inputs: Inputs) -> dict[str, Tensor]
     }
 
 
-def bound(module: nn.Module, inputs: Inputs) -> Bound:
-    """How far a correct graph may be from `module` on `inputs`, in the scheme that is set."""
-    if not is_quantized(module):
-        return Bound(FLOAT_TOLERANCE, 1 - FLOAT_TOLERANCE)
-    noise = rounding_noise(module, inputs)
-    return Bound(STEP + 2 * noise.relative, 1 - FLOAT_TOLERANCE - 2 * (1 - noise.cosine))
-
-
-def rounding_noise(module: nn.Module, inputs: Inputs) -> Parity:
-    """How far `module` is from itself when every quantized activation is disturbed by `ROUNDING` of its
-    range.
-
-    The worst of `DRAWS` draws from a fixed seed; padding is left out.
-    """
-    reference = attended(forward(module, inputs), inputs)
-    with _disturbed(module):
-        draws = [attended(forward(module, inputs), inputs) for _ in range(DRAWS)]
-    return worst(parity(reference, draw, "disturbed module") for draw in draws)
-
-
-@contextmanager
-def _disturbed(module: nn.Module) -> Iterator[None]:
-    generator = torch.Generator().manual_seed(0)
-
-    def disturb(layer: Activation, args: tuple[Tensor]) -> tuple[Tensor]:
-        noise = torch.randn(args[0].shape, generator=generator, dtype=args[0].dtype)
-        return (args[0] + noise * (ROUNDING * (layer.high - layer.low)),)
-
-    layers = [layer for layer in module.modules() if isinstance(layer, Activation)]
-    handles = [layer.register_forward_pre_hook(disturb) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def cases_of(example: Inputs, specs: tuple[TensorSpec, ...]) -> tuple[Inputs, Inputs]:
+    """`example`, and what `other_sizes` makes of it, with padding."""
+    return dict(example), with_padding(other_sizes(example, specs))
 
 
 def other_sizes(example: Inputs, specs: tuple[TensorSpec, ...]) -> dict[str, Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from transformers.exporters import ExportedModel
 from transformers.exporters.utils import onnx_inputs
 
 from compress.errors import ModelError, Unsuitable, UsageError
+from compress.outputs import flatten_outputs
 
 COMPONENT = "model"
-"""The exporter's name for the one graph of a folder, and the stem of its file."""
+"""The exporter's name for the one graph of a folder."""
+GRAPH = "model.onnx"
+"""The file of that graph."""
 
 Value = Tensor | np.ndarray
 
@@ -29,8 +33,10 @@ class OnnxRunner:
     `past_key_values`; its `attention_mask` and `position_ids` are derived where they are missing.
     """
 
-    def __init__(self, folder: str | Path, threads: int | None = None) -> None:
+    def __init__(self, folder: str | Path, threads: int | None = None, graph: str = GRAPH) -> None:
         """Open the model in `folder`, on `threads` threads (None: as many as ONNX Runtime finds cores).
+
+        `graph` names another file with the same inputs and outputs to run instead, as it is written.
 
         Raises `ModelError` if the files are missing or ONNX Runtime cannot read them.
         """
@@ -48,6 +54,8 @@ class OnnxRunner:
             ) from error
         self.exported = exported
         self.graph: Any = exported.runners[COMPONENT]
+        if graph != GRAPH:
+            self.graph.session = as_written(Path(folder) / graph)
         self.inputs = {spec.name: spec for spec in self.graph.session.get_inputs()}
 
     @property
@@ -155,6 +163,38 @@ _DTYPES = {
 
 def _tensor(value: Value) -> Tensor:
     return value if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
+
+
+def as_written(onnx: Path) -> onnxruntime.InferenceSession:
+    """A session that computes a graph op by op, with no integer kernels in place of Q/DQ."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(onnx), options, providers=["CPUExecutionProvider"])
+
+
+def calls(onnx: Path) -> Sequence[Callable[[Mapping[str, Tensor]], dict[str, Tensor]]]:
+    """The ways to run the graph in the file `onnx` of an exported folder: as a whole, and with its cache in two
+    steps.
+    """
+    runner = OnnxRunner(onnx.parent, graph=onnx.name)
+    whole = partial(_whole, runner)
+    return (whole, partial(_in_two_steps, runner)) if runner.cached else (whole,)
+
+
+def _whole(runner: OnnxRunner, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return flatten_outputs(runner(**inputs))
+
+
+def _in_two_steps(runner: OnnxRunner, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All tokens but the last, and then the last with the cache of the others."""
+    tokens = inputs["input_ids"]
+    mask = inputs.get("attention_mask", torch.ones_like(tokens))
+    first = runner(input_ids=tokens[:, :-1], attention_mask=mask[:, :-1])
+    last = runner(input_ids=tokens[:, -1:], attention_mask=mask, past_key_values=first.past_key_values)
+    parts = flatten_outputs(first), flatten_outputs(last)
+    return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
 
 
 def timed_call(folder: str, inputs: str, threads: int) -> Callable[[], object]:

@@ -1,6 +1,6 @@
 """The ONNX graph that an engine is built from: exported, brought into TensorRT's form, and proved on the CPU.
 
-An engine can be built where it cannot run, so the proof is made on the graph (see `export.tensorrt_proof`):
+An engine can be built where it cannot run, so the proof is made on the graph (see `export.proof`):
 in float32 first, where nothing but the lowering can be wrong, and then again in the precision that is asked
 for.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import onnx_ir as ir
+import torch
 from torch import nn
 
 from compress.layers.products import Products
@@ -22,9 +23,9 @@ from compress.target import Artifact, files_of
 from export.graph import export_graph
 from export.lowering.tensorrt_float16 import convert_to_float16
 from export.lowering.tensorrt_int8 import lower_tensorrt
-from export.proof import other_sizes
+from export.proof import Call, Floats, Proof, cases_of, prove
+from export.runners import as_written
 from export.tensorrt_engine import Shapes, dynamic_dimensions, require_shapes
-from export.tensorrt_proof import Floats, Proof, prove
 from export.to_onnx import specs
 
 Precision = Literal["float32", "float16", "int8"]
@@ -57,7 +58,7 @@ def write_source(
         require_shapes(shapes, dynamic_dimensions(inputs))
         folder.mkdir()
     with task(observer, "Proving the ONNX graph"):
-        cases = (model.example, other_sizes(model.example, inputs))
+        cases = cases_of(model.example, inputs)
         proofs = [_save_and_prove(graph, folder / FILE, model, cases, "float32")]
         if precision != "float32":
             convert_to_float16(graph)
@@ -78,4 +79,17 @@ def _save_and_prove(
     graph: ir.Model, path: Path, model: Model, cases: tuple[Inputs, ...], floats: Floats
 ) -> Proof:
     ir.save(graph, path, external_data=f"{FILE}.data")
-    return prove(path, model.module, cases, floats)
+    return prove(path, model.module, cases, "symmetric", floats, written_call)
+
+
+def written_call(onnx: Path) -> tuple[Call]:
+    """The way to run the graph in the file `onnx`: as it is written, in ONNX Runtime."""
+    session = as_written(onnx)
+    wanted = {value.name for value in session.get_inputs()}
+    names = [value.name for value in session.get_outputs()]
+
+    def call(inputs: Inputs) -> dict[str, torch.Tensor]:
+        arrays = session.run(names, {name: value.numpy() for name, value in inputs.items() if name in wanted})
+        return {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
+
+    return (call,)

@@ -43,10 +43,11 @@ class Onnx(Target):
         into.mkdir(parents=True, exist_ok=True)
         inputs, outputs, facts = self._write_graph(model, into, observer)
         with task(observer, "Proving the ONNX graph"):
-            from export.proof import prove
-            from export.runners import OnnxRunner
+            from export.proof import cases_of, prove
+            from export.runners import GRAPH, calls
 
-            found, allowed = prove(model, OnnxRunner(into), inputs, "asymmetric")
+            cases = cases_of(model.example, inputs)
+            proof = prove(into / GRAPH, model.module, cases, "asymmetric", "float32", calls)
         artifact = Artifact(
             folder=into,
             target=self.use,
@@ -54,8 +55,8 @@ class Onnx(Target):
             files=files_of(into),
             inputs=inputs,
             outputs=outputs,
-            parity=found,
-            facts={**facts, "allowed": asdict(allowed)},
+            parity=proof.parity,
+            facts={**facts, "proof": asdict(proof)},
         )
         save_artifact(artifact)
         return artifact

@@ -74,29 +74,35 @@ def grid_dtype(grid: Affine) -> torch.dtype:
 class QuantizedWeight(nn.Module):
     """What the quantized layers share: an int8 weight with a scale per output channel, and the input's range.
 
-    weight        int8 buffer, (out, ...), in [-127, 127]
+    integers      int8 buffer, (out, ...), in [-127, 127]
     weight_scale  float32 buffer, (out,)
     bias          float parameter (out,), or None
     input         `Activation` of the layer's input
     """
 
-    weight: Tensor
+    integers: Tensor
     weight_scale: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor | None, input: Activation) -> None:
         super().__init__()
+        self.dtype = weight.dtype
         scale = weight_scales(weight)
         rows = scale.view(-1, *[1] * (weight.dim() - 1))
         integers = torch.clamp(torch.round(weight.detach().float() / rows), -127, 127)
-        self.register_buffer("weight", integers.to(torch.int8))
+        self.register_buffer("integers", integers.to(torch.int8))
         self.register_buffer("weight_scale", scale)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), bias.requires_grad)
         self.input = input
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight in float, of the type it had: models cast what they feed a layer to that of its weight."""
+        return self.dequantized(self.dtype)
+
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight as the float tensor that its integers stand for."""
         operator = torch.ops.quantized_decomposed.dequantize_per_channel
-        return operator(self.weight, self.weight_scale, None, 0, -127, 127, torch.int8).to(dtype)
+        return operator(self.integers, self.weight_scale, None, 0, -127, 127, torch.int8).to(dtype)
 
 
 class QuantizedLinear(QuantizedWeight):
@@ -114,7 +120,7 @@ class QuantizedLinear(QuantizedWeight):
         return nn.functional.linear(self.input(prescaled(self, x)), self.dequantized(x.dtype), self.bias)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.weight.shape[1]}, out_features={self.weight.shape[0]}"
+        return f"in_features={self.integers.shape[1]}, out_features={self.integers.shape[0]}"
 
 
 class QuantizedConv2d(QuantizedWeight):
@@ -141,9 +147,7 @@ class QuantizedConv2d(QuantizedWeight):
         return nn.functional.conv2d(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
-        return (
-            f"{tuple(self.weight.shape)}, stride={self.stride}, padding={self.padding}, groups={self.groups}"
-        )
+        return f"{tuple(self.integers.shape)}, stride={self.stride}, padding={self.padding}, groups={self.groups}"
 
 
 def quantizable(layer: nn.Module) -> bool:

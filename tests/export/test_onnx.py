@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
@@ -26,6 +28,7 @@ from compress.passes.quantize import Quantize
 from compress.target import Artifact
 from export import proof
 from export.lowering import cpu
+from export.lowering.constants import array, constant
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -66,7 +69,7 @@ def ops(artifact: Artifact) -> Counter[str]:
 def test_a_float_graph_is_proved(written: Artifact):
     assert written.parity.relative < 1e-5
     assert written.parity.cosine > 0.99999
-    assert written.facts["allowed"] == {"relative": 1e-3, "cosine": 0.999}
+    assert written.facts["proof"]["noise"] is None
 
 
 def test_the_folder_is_self_sufficient(written: Artifact, bert: Model):
@@ -128,12 +131,47 @@ def test_integer_weights_are_small(lowered: Artifact, written: Artifact, bert: M
     assert sizes[0] < 0.45 * sizes[1]  # the pooler and the norms of so small a model weigh a lot
 
 
-def test_the_bound_of_a_quantized_graph_is_measured(lowered: Artifact, quantized: Model):
-    allowed = lowered.facts["allowed"]
-    noise = proof.rounding_noise(quantized.module, quantized.example)
-    assert allowed["relative"] >= proof.STEP + 2 * noise.relative
-    assert lowered.parity.relative <= allowed["relative"]
-    assert lowered.parity.cosine >= allowed["cosine"]
+def test_a_quantized_graph_is_proved_twice(lowered: Artifact):
+    found = lowered.facts["proof"]
+    assert found["without_rounding"]["relative"] < 1e-5
+    assert lowered.parity.relative <= proof.ROUNDING_TOLERANCE + 2 * found["noise"]["relative"]
+
+
+def _scaled(values: np.ndarray) -> np.ndarray:
+    return (values * np.float32(1.1)).astype(values.dtype)
+
+
+def _first(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda values: np.concatenate([change(values[:1]), values[1:]])
+
+
+@pytest.mark.parametrize(
+    ("index", "change"),
+    [
+        (1, np.flipud),
+        (2, _scaled),
+        (3, _first(_scaled)),
+        (4, lambda zero_point: zero_point + np.uint8(1)),
+        (6, _first(lambda bias: bias + np.float32(0.1))),
+    ],
+    ids=["weight", "scale", "scale of a column", "zero point", "bias"],
+)
+def test_a_product_that_is_off_by_less_than_the_rounding_is_unproved(
+    quantized: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: int, change: Callable
+):
+    lower = cpu.lower_cpu
+
+    def lower_wrongly(model: ir.Model) -> dict[str, int]:
+        rewrites = lower(model)
+        products = [node for node in model.graph if node.op_type == "MatMulIntegerToFloat"]
+        linear = [node for node in products if len(node.inputs) == 7][-1]  # the last output of an MLP
+        wrong = constant(model.graph, "wrong", change(array(linear.inputs[index])))
+        linear.replace_input_with(index, wrong)
+        return rewrites
+
+    monkeypatch.setattr(cpu, "lower_cpu", lower_wrongly)
+    with pytest.raises(Unproved, match=r"both without the rounding to integers; allowed is 0\.0001"):
+        export.Onnx().write(quantized, tmp_path / "int8")
 
 
 def test_the_standard_runtime_keeps_to_the_standard(quantized: Model, tmp_path: Path):
@@ -208,7 +246,9 @@ def test_a_wrong_rewrite_is_unproved(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return {}
 
     monkeypatch.setattr(cpu, "lower_cpu", break_it)
-    with pytest.raises(Unproved, match=r"The ONNX graph is [\d.]+ of the largest value off the module"):
+    with pytest.raises(
+        Unproved, match=r"The ONNX graph is [\d.]+ of the largest value off its module; allowed is 0\.0001"
+    ):
         export.Onnx().write(small(), tmp_path / "small")
     assert not (tmp_path / "small" / "artifact.json").exists()
 

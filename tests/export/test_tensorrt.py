@@ -21,10 +21,12 @@ from compress.errors import MissingPackage, Unproved, Unsuitable, UsageError
 from compress.model import Model
 from compress.target import Artifact
 from export.lowering.tensorrt_int8 import lower_tensorrt
+from export.lowering.unrounded import remove_rounding
+from export.proof import prove
 from export.tensorrt_edition import offered_capabilities
 from export.tensorrt_engine import build, dynamic_dimensions, parse, profile_of, require_shapes
 from export.tensorrt_network import products, require_int8
-from export.tensorrt_proof import bypass_activations, prove
+from export.tensorrt_source import written_call
 from tests import tiny
 
 CAPABILITIES = ("7.5", "8.6", "8.9", "12.0")
@@ -127,7 +129,7 @@ def test_products_of_quantized_layers_take_int8_on_both_inputs(bert_int8, bert_f
 def test_a_graph_whose_rounding_is_removed_is_refused(bert_int8):
     folder = bert_int8.artifact.folder / "onnx"
     model = ir.load(folder / "model.onnx")
-    bypass_activations(model.graph)
+    remove_rounding(model)
     ir.save(model, folder / "float.onnx")
     parsed = parse("rtx", folder / "float.onnx")
     with pytest.raises(
@@ -186,7 +188,7 @@ def test_a_graph_that_computes_something_else_is_not_built(bert_float16):
         other.module.encoder.layer[0].output.LayerNorm.weight[:8] *= 1.5
     graph = bert_float16.artifact.folder / "onnx" / "model.onnx"
     with pytest.raises(Unproved, match=r"of the largest value off its module; allowed is 0.02"):
-        prove(graph, other.module, (other.example,), "float16")
+        prove(graph, other.module, (other.example,), "symmetric", "float16", written_call)
 
 
 def test_a_causal_model_with_rotary_embeddings_is_one_graph_without_a_cache(folders):

@@ -72,12 +72,12 @@ def test_linear_agrees_with_the_reference(x, kind):
     weight = (linear.weight if kind is nn.Linear else linear.weight.T).detach().double().numpy()
     scale = np.abs(weight).max(1) / 127
     integers = np.clip(np.rint(weight / scale[:, None]), -127, 127)
-    assert (layer.weight.numpy() == integers).all()
+    assert (layer.integers.numpy() == integers).all()
     activations, step = rounded(x.double().numpy(), "asymmetric")
     expected = activations @ (integers * scale[:, None]).T + linear.bias.detach().numpy()
     largest_row = np.abs(weight).sum(1).max()
     assert np.abs(layer(x).detach().numpy() - expected).max() <= step * largest_row
-    assert (layer.weight.dtype, layer.weight_scale.dtype) == (torch.int8, torch.float32)
+    assert (layer.integers.dtype, layer.weight_scale.dtype) == (torch.int8, torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -162,4 +162,4 @@ def test_a_quantized_layer_lets_what_is_before_it_train(x):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.2 * losses[0]
-    assert model[1].weight.dtype == torch.int8
+    assert model[1].integers.dtype == torch.int8

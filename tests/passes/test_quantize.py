@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers as tf
 from torch import nn
 
 from compress.errors import DataError, Unproved, Unsuitable
@@ -37,6 +38,22 @@ def error(result: Result, name: str) -> float:
     expected = _outputs(build(name).module, build(name).example)
     found = _outputs(result.module, build(name).example)
     return max(((a - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True))
+
+
+def test_patches_of_many_channels_are_cast_to_a_float_type():
+    """ViTs cast their pictures to the type of the patch convolution's weight."""
+    config = tf.ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, image_size=16,
+        patch_size=4, num_channels=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    pixels = {"pixel_values": torch.randn(2, 16, 16, 16)}
+    model = Model(tf.ViTModel(config, add_pooling_layer=False).eval(), pixels, "feature-extraction")
+    expected = model.module(**pixels).last_hidden_state
+    result = quantize(model)
+    assert isinstance(result.module.embeddings.patch_embeddings.projection, QuantizedConv2d)
+    found = result.module(**pixels).last_hidden_state
+    assert 1e-5 < (found - expected).norm() / expected.norm() < 0.03
 
 
 def reasons(result: Result) -> dict[str, str]:
