@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from export.lowering.attention_layout import flatten_attentions
 from export.lowering.gemm import split_quantized_gemms
 from export.lowering.integer_matmul import use_integer_matmuls
 from export.lowering.product_scale import fold_product_scales
@@ -31,6 +32,7 @@ def lower_cpu(model: ir.Model) -> dict[str, int]:
     """All rewrites for ONNX Runtime's CPU kernels, in place. Returns how often each one was applied."""
     return {
         **lower_standard(model),
+        "flatten_attentions": flatten_attentions(model),
         "quantize_early": quantize_early(model),
         "use_integer_matmuls": use_integer_matmuls(model),
         "sum_residuals": sum_residuals(model),

@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 from onnx_ir.passes.common import ShapeInferencePass
 
+from export.lowering.attention_layout import flatten_attentions
 from export.lowering.constants import array, scalar
 from export.lowering.cpu import lower_cpu, lower_standard
 from export.lowering.gemm import split_quantized_gemms
@@ -127,6 +128,43 @@ def test_products_without_a_fast_kernel_stay(change: Arrays):
     assert ops(model)["MatMul"] == 1
 
 
+HEADS = """g (float[2,5,8] x, bool[2,1,5,5] mask) => (float[2,5,8] y) {
+    split = Constant<value_ints = [2, 5, 4, 2]>()
+    q = Reshape(x, split)  qt = Transpose<perm = [0, 2, 1, 3]>(q)
+    k = Reshape(x, split)  kt = Transpose<perm = [0, 2, 1, 3]>(k)
+    a = Attention(qt, kt, kt, mask)
+    n = Cast<to = 1>(mask)  axis = Constant<value_ints = [-1]>()  sum = ReduceSum<keepdims = 1>(n, axis)
+    none = Less(sum, one)  g = Where(none, zero, a)
+    t = Transpose<perm = [0, 2, 1, 3]>(g)  rows = Constant<value_ints = [2, 5, 8]>()  y = Reshape(t, rows)
+}"""
+NUMBERS: Arrays = {"one": np.float32(1), "zero": np.float32(0)}
+MASK = RANDOM.random((2, 1, 5, 5)) < 0.4
+
+
+def test_an_attention_takes_whole_rows():
+    model = graph(HEADS, NUMBERS)
+    mask = MASK.copy()
+    mask[1, :, 2] = False  # a query without any key, whose row the guard zeroes
+    assert applied(flatten_attentions, model, {"x": X, "mask": mask}, 1e-6) == 1
+    assert ops(model)["Transpose"] == ops(model)["Reshape"] == 0
+    assert ops(model)["Where"] == 1
+    assert flatten_attentions(model) == 0
+
+
+def test_an_attention_whose_keys_are_changed_after_the_split_stays():
+    model = graph(HEADS.replace("a = Attention(qt, kt, kt", "r = Neg(kt)  a = Attention(qt, r, kt"), NUMBERS)
+    assert flatten_attentions(model) == 0
+
+
+def test_zeros_are_put_among_integers():
+    text = """g (float[2,5,8] x, bool[2,5,1] none) => (float[2,5,8] y) {
+        g = Where(none, zero, x)  q = QuantizeLinear(g, s, z)  y = DequantizeLinear(q, s, z)
+    }"""
+    model = graph(text, GRID | NUMBERS)
+    assert applied(quantize_early, model, {"x": X, "none": MASK[:, 0, :, :1]}) == 1
+    assert [node.op_type for node in model.graph] == ["QuantizeLinear", "Where", "DequantizeLinear"]
+
+
 ATTENTION = """g (float[2,5,8] x) => (float[2,5,5] y) {
     q = QuantizeLinear(x, s, z)  d = DequantizeLinear(q, s, z)
     k = QuantizeLinear(x, ks, kz)  dk = DequantizeLinear(k, ks, kz)
@@ -241,6 +279,7 @@ def test_the_whole_lowering_counts_what_it_does():
         "split_quantized_gemms": 0,
         "transpose_weights": 1,
         "fold_product_scales": 0,
+        "flatten_attentions": 0,
         "quantize_early": 0,
         "use_integer_matmuls": 1,
         "sum_residuals": 0,
