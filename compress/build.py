@@ -18,6 +18,7 @@ from compress.passes.base import Context, Pass
 from compress.pipeline import Outcome, run
 from compress.progress import SILENT, Observer, task
 from compress.recipe import Recipe, load_recipe
+from compress.report import Step
 from compress.target import Artifact, Target, files_of
 from compress.verdict import judge, shortfalls
 
@@ -79,14 +80,7 @@ def build(recipe: Recipe, into: str | Path, *, observer: Observer = SILENT, forc
         model = load_named(recipe, observer)
         for target in recipe.export:
             target.check(model)
-        context = replace(recipe_context(recipe, model), observer=observer)
-        outcome = run(model, recipe.passes, context, store=steps)
-        (partial / "checkpoint").mkdir()
-        write_checkpoint(outcome.model, partial / "checkpoint")
-        artifacts = [
-            write(target, outcome.model, partial / name, observer)
-            for name, target in zip(artifact_names(recipe.export), recipe.export, strict=True)
-        ]
+        done, artifacts = _compress(recipe, model, partial, steps, observer)
         verdicts = [
             judge(recipe, target, artifact, model, partial, observer)
             for target, artifact in zip(recipe.export, artifacts, strict=True)
@@ -95,7 +89,7 @@ def build(recipe: Recipe, into: str | Path, *, observer: Observer = SILENT, forc
             folder=into,
             recipe=recipe.model_dump(mode="json"),
             model=model.source,
-            steps=outcome.steps,
+            steps=done,
             checkpoint=files_of(partial / "checkpoint"),
             verdicts=tuple(verdicts),
             metric=recipe.data.evaluation.metric if recipe.data.evaluation else None,
@@ -106,6 +100,23 @@ def build(recipe: Recipe, into: str | Path, *, observer: Observer = SILENT, forc
         manifest.write(partial)
         empty(partial, keep=("checkpoint", "manifest.json", *artifact_names(recipe.export)))
     return manifest
+
+
+def _compress(
+    recipe: Recipe, model: Model, partial: Path, store: Path, observer: Observer
+) -> tuple[tuple[Step, ...], list[Artifact]]:
+    """Write the checkpoint and the exports. The compressed model is gone from memory when this returns: what
+    follows times processes that load models of their own.
+    """
+    context = replace(recipe_context(recipe, model), observer=observer)
+    outcome = run(model, recipe.passes, context, store=store)
+    (partial / "checkpoint").mkdir()
+    write_checkpoint(outcome.model, partial / "checkpoint")
+    artifacts = [
+        write(target, outcome.model, partial / name, observer)
+        for name, target in zip(artifact_names(recipe.export), recipe.export, strict=True)
+    ]
+    return outcome.steps, artifacts
 
 
 def load_named(recipe: Recipe, observer: Observer = SILENT) -> Model:

@@ -14,6 +14,8 @@ from onnx_ir.tape import Tape
 
 from export.lowering.constants import array
 
+_INTEGERS = (ir.DataType.INT8, ir.DataType.UINT8)
+
 
 def remove_rounding(model: ir.Model) -> None:
     """Put float operators in the place of QuantizeLinear, DequantizeLinear of what is computed, and
@@ -26,6 +28,8 @@ def remove_rounding(model: ir.Model) -> None:
             _rewrite(node, _multiple)
         elif node.op_type == "MatMulIntegerToFloat":
             _rewrite(node, _product)
+        elif node.op_type == "Where" and node.inputs[1] is not None and node.inputs[1].dtype in _INTEGERS:
+            _rewrite(node, _choice)
     for node in model.graph:
         for value in node.outputs:
             if not value.is_graph_output():
@@ -74,6 +78,10 @@ def _product(
     return product if bias is None else tape.op("Add", [product, bias])
 
 
-def _like(tape: Tape, integers: ir.Value, scale: ir.Value) -> ir.Value:
-    """Constant integers in the float type of `scale`."""
-    return tape.op("CastLike", [integers, scale])
+def _choice(tape: Tape, condition: ir.Value, zero_point: ir.Value, x: ir.Value) -> ir.Value:
+    return tape.op("Where", [condition, _like(tape, zero_point, x), x])
+
+
+def _like(tape: Tape, integers: ir.Value, floats: ir.Value) -> ir.Value:
+    """Constant integers in the type of `floats`."""
+    return tape.op("CastLike", [integers, floats])

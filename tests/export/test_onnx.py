@@ -123,6 +123,16 @@ def test_a_quantized_graph_computes_in_integers(lowered: Artifact):
     assert lowered.facts["rewrites"]["fold_product_scales"] == layers
 
 
+def test_float_attentions_between_integer_products_take_whole_rows(bert: Model, tmp_path: Path):
+    own = replace(bert, module=copy.deepcopy(bert.module))
+    result = Quantize().apply(own, Context(calibration=[bert.example]))
+    artifact = export.Onnx().write(replace(own, module=result.module), tmp_path / "int8")
+    found = ops(artifact)
+    assert (found["Attention"], found["Where"], found["Transpose"]) == (2, 2, 0)
+    assert artifact.facts["rewrites"]["quantize_early"] == 2  # the zeros of queries without keys
+    assert artifact.facts["proof"]["without_rounding"]["relative"] < 1e-5
+
+
 def test_integer_weights_are_small(lowered: Artifact, written: Artifact, bert: Model):
     embeddings = 4 * sum(
         parameter.numel() for name, parameter in bert.module.named_parameters() if "embeddings" in name
