@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from compress.errors import ModelpressError, UsageError
+from compress.memory import give_back
 from compress.progress import SILENT, Observer, track
 
 WARMUP = 3
@@ -89,6 +90,7 @@ def measure(
     last lines of its standard error if a variant's process fails.
     """
     _check(variants, rounds, calls, baseline)
+    give_back()
     turns = [variant for turn in range(rounds) for variant in (variants[::-1] if turn % 2 else variants)]
     seconds: dict[str, list[float]] = {variant.name: [] for variant in variants}
     for variant in track(observer, f"time {len(variants)} variants in {rounds} rounds", turns):
