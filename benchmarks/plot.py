@@ -12,7 +12,7 @@ LEAST = 1e-6
 """Distances below this, which float32 variants have by rounding alone, are drawn here."""
 
 PLACES = sorted(
-    ((across, up) for across in (12, -12, 50, -50) for up in range(-96, 97, 12)),
+    ((across, up) for across in (12, -12, 50, -50, 120, -120) for up in range(-96, 97, 12)),
     key=lambda place: abs(place[0]) + abs(place[1]),
 )
 """Where a label may stand, as offsets from its point in points of print, nearest first."""
@@ -61,14 +61,21 @@ def _point(row: Row, shape: str) -> tuple[float, float]:
 
 
 def _labels(panel: Any, rows: Sequence[Row], shape: str) -> None:
-    """Put each name near its point, at the nearest place where it covers no point and no other name."""
-    from matplotlib.transforms import Bbox
-
-    positions = panel.transData.transform([_point(row, shape) for row in rows])
-    taken = [Bbox.from_extents(x - 8, y - 8, x + 8, y + 8) for x, y in positions]
+    """Put each name near its point, at the nearest place where it covers no bar and no other name."""
+    taken = [_bar(panel, row, shape) for row in rows]
     for row in rows:
         words = f"{row.name} ({row.spearman:.2f})"
         taken.append(_label(panel, words, _point(row, shape), _colour(row, rows), taken))
+
+
+def _bar(panel: Any, row: Row, shape: str) -> Any:
+    """The box of a row's error bar, in pixels."""
+    from matplotlib.transforms import Bbox
+
+    height = _point(row, shape)[1]
+    ends = [(row.speedup[shape].low, height), (row.speedup[shape].high, height)]
+    (left, y), (right, _) = panel.transData.transform(ends)
+    return Bbox.from_extents(left - 8, y - 8, right + 8, y + 8)
 
 
 def _label(panel: Any, words: str, point: tuple[float, float], colour: str, taken: Sequence[Any]) -> Any:

@@ -9,6 +9,7 @@ import pytest
 
 from compress import timing
 from compress.errors import ModelpressError, UsageError
+from compress.memory import give_back
 from compress.timing import Spread, Timings, Variant, measure
 
 FAKES = """
@@ -105,3 +106,16 @@ def test_wrong_arguments_are_refused_at_once(names: list[str], rounds: int, mess
     with pytest.raises(UsageError) as caught:
         measure([Variant(name, "fakes:crash") for name in names], rounds, 1, "base")
     assert caught.value.fact == message
+
+
+def test_free_memory_goes_back_before_processes_are_timed() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    kept = []
+    rows = [bytearray(60_000) for _ in range(4_000)]  # below the size from which glibc maps blocks one by one
+    kept.append(bytearray(60_000))  # a block at the end keeps the heap from shrinking by itself
+    held = resident()
+    del rows
+    give_back()
+    assert held - resident() > 200e6
