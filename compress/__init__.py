@@ -13,6 +13,7 @@ from compress.checkpoint import load, open_model, save
 from compress.errors import ModelpressError
 from compress.model import Model, load_model
 from compress.passes.base import Context, Pass, Result
+from compress.passes.factorize import Factorize
 from compress.passes.quantize import Quantize
 from compress.passes.smooth import Smooth
 from compress.pipeline import Outcome, run
@@ -25,6 +26,7 @@ __all__ = [
     "Artifact",
     "Change",
     "Context",
+    "Factorize",
     "Model",
     "ModelpressError",
     "Outcome",

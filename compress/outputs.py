@@ -19,10 +19,15 @@ def forward(module: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.
 
 def flatten_outputs(output: Any) -> dict[str, torch.Tensor]:
     """The float tensors of a model's output by name: `logits`, `hidden_states.0`, ... Caches are left out."""
+    return {name: value.detach() for name, value in float_outputs(output).items()}
+
+
+def float_outputs(output: Any) -> dict[str, torch.Tensor]:
+    """The same with the gradients that the tensors carry."""
     import torch
 
     named = ((name, value) for name, value in _leaves("", output) if isinstance(value, torch.Tensor))
-    return {name: value.detach() for name, value in named if value.is_floating_point()}
+    return {name: value for name, value in named if value.is_floating_point()}
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -8,6 +8,7 @@ from compress.testing import check_pass
 from tests.zoo import build
 
 CASES = {
+    "factorize": ["bert", "gpt2", "llama", "vit", "t5"],
     "smooth": ["llama", "gpt2", "vit", "qwen3"],
     "quantize": ["bert", "gpt2", "llama", "vit", "resnet", "t5", "whisper"],
 }

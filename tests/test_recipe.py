@@ -179,7 +179,7 @@ passes:
     ("body", "message"),
     [
         ("pases: [{use: fold}]\n", "3:1: `pases` is not a known key. Did you mean `passes`?"),
-        ("passes: [{strength: 1}]\n", "3:10: `passes[0]`: `use` is missing: which one of `blur`, `fold`"),
+        ("passes: [{strength: 1}]\n", "3:10: `passes[0]`: `use` is missing: which one of `blur`, `"),
         ("passes: {use: fold}\n", "3:1: `passes` must be a list, not {'use': 'fold'}."),
         (
             "passes: [{use: blur, names: [8.6]}]\n",
@@ -264,7 +264,7 @@ def test_a_file_that_is_not_text(tmp_path):
 
 def test_finds_by_entry_point_only():
     assert find("compress.passes", "blur") is Blur
-    assert available("compress.passes") == ("blur", "fold", "quantize", "smooth")
+    assert {"blur", "fold", "quantize", "smooth"} <= set(available("compress.passes"))
     assert available("compress.targets") == ("onnx", "tensorrt")
     with pytest.raises(RecipeError) as caught:
         find("compress.targets", "onxx")
@@ -323,7 +323,7 @@ def test_says_what_is_missing_before_any_work(written, tmp_path):
 def test_the_schema_covers_every_installed_pass_and_accepts_shipped_recipes():
     made = schema()
     names = {item["$ref"].rsplit("/", 1)[1] for item in made["properties"]["passes"]["items"]["anyOf"]}
-    assert {"Blur", "Fold", "Smooth", "Quantize"} == names
+    assert {find("compress.passes", name).__name__ for name in available("compress.passes")} == names
     assert made["$defs"]["Blur"]["additionalProperties"] is False
     assert made["$defs"]["Blur"]["required"] == ["use"]
     assert made["$defs"]["Blur"]["properties"]["use"]["const"] == "blur"

@@ -144,3 +144,7 @@ class Graph:
     def weight(self, path: str) -> Weight | None:
         """The weighted module at `path`, or None."""
         return next((weight for weight in self.weights if weight.path == path), None)
+
+    def sharers(self, name: str) -> list[str]:
+        """The other names of the parameter `name`."""
+        return [other for tie in self.ties if name in tie.names for other in tie.names if other != name]

@@ -40,16 +40,23 @@ def watch(module: nn.Module, context: Context, watches: Mapping[str, Watch], wha
     """
     import torch
 
-    batches = required(context, what)
-    count = 0
     with torch.no_grad():
-        for count, batch in enumerate(track(context.observer, what, batches), start=1):
-            placed = {name: value.to(context.device) for name, value in batch.items()}
+        for number, batch in numbered(context, what):
             with ExitStack() as hooks:
                 for path, one in watches.items():
-                    hooks.enter_context(_hooked(module.get_submodule(path), path, one, placed, count))
-                _forward(module, placed, count)
-    if not count:
+                    hooks.enter_context(_hooked(module.get_submodule(path), path, one, batch, number))
+                run_batch(module, batch, number)
+
+
+def numbered(context: Context, what: str) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """The calibration batches on the context's device, with their numbers from 1, shown as progress on `what`.
+
+    Raises `DataError` if there is none.
+    """
+    number = 0
+    for number, batch in enumerate(track(context.observer, what, required(context, what)), start=1):
+        yield number, {name: value.to(context.device) for name, value in batch.items()}
+    if not number:
         raise DataError(
             f"{what}: the calibration data gives no batches.",
             "Check that the file of `data: {calibration: ...}` is not empty and `samples` is at least 1.",
@@ -66,9 +73,10 @@ def required(context: Context, what: str) -> Any:
     return context.calibration
 
 
-def _forward(module: nn.Module, batch: dict[str, Tensor], number: int) -> None:
+def run_batch(module: nn.Module, batch: Mapping[str, Tensor], number: int) -> Any:
+    """What `module` returns for `batch`. Raises `DataError` if it cannot take it."""
     try:
-        module(**batch)
+        return module(**batch)
     except ModelpressError:
         raise
     except (TypeError, ValueError, RuntimeError, LookupError) as cause:

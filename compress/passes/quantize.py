@@ -20,7 +20,7 @@ from compress.report import Change, Effect, Skip
 if TYPE_CHECKING:
     from torch import nn
 
-    from compress.graph.structure import Graph, Weight
+    from compress.graph.structure import Weight
     from compress.model import Model
     from compress.numerics.ranges import Range
 
@@ -118,7 +118,7 @@ class Quantize(Pass):
             return "the output head; set `head: true` to quantize it"
         if not quantizable(layer):
             return f"{type(layer).__name__} has no quantized form"
-        if sharers := _sharers(model.graph, f"{weight.path}.weight"):
+        if sharers := model.graph.sharers(f"{weight.path}.weight"):
             return f"its weight is tied with {', '.join(sharers)}"
         channels = layer.in_channels // layer.groups if weight.kind == "conv" else FEWEST_CHANNELS
         if channels < FEWEST_CHANNELS:
@@ -170,11 +170,6 @@ def _operands(path: str) -> list[Input]:
     """Query, key and value of the attention at `path`, each (batch, heads, sequence, size), with a range of
     its own."""
     return [Input(f"{path}.products", index, f"{path} {index}", 2) for index in range(3)]
-
-
-def _sharers(graph: Graph, name: str) -> list[str]:
-    """The other names of the parameter `name`."""
-    return [other for tie in graph.ties if name in tie.names for other in tie.names if other != name]
 
 
 def _layer_change(layer: nn.Module, path: str, range: Range) -> Change:

@@ -1,0 +1,158 @@
+"""Low-rank factors of weights, and the ranks that one budget buys for many of them.
+
+A weight W (out, in) becomes two factors by a truncated SVD in a metric: the error of a rank is measured as
+trace(G D C Dᵀ), D being the difference, C (in, in) a second moment of the inputs and G (out, out) one of the
+gradients at the outputs. With C alone this is SVD-LLM (Wang et al. 2024, arXiv 2403.07378), with a diagonal
+C ASVD (Yuan et al. 2023, arXiv 2312.05821). With both it is the second-order change of the loss under a
+Kronecker-factored Fisher matrix (Martens and Grosse 2015, arXiv 1503.05671; for low rank Chekalina et al.
+2025, arXiv 2505.17974), and errors of different weights may be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DAMPING = 1e-6
+"""Added to the diagonal of a second moment, as a share of its mean; ten times as much as often as needed."""
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """W = left diag(values) right, in float64: left (out, k), values (k,) descending, right (k, in)."""
+
+    left: Tensor
+    values: Tensor
+    right: Tensor
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Factors (out, rank) and (rank, in) of the best approximation of that rank."""
+        root = self.values[:rank].sqrt()
+        return self.left[:, :rank] * root, root[:, None] * self.right[:rank]
+
+    def errors(self) -> Tensor:
+        """The squared error in the metric of each rank from 0 to k, (k + 1,)."""
+        squares = self.values.square().flip(0).cumsum(0).flip(0)
+        return torch.cat([squares, squares.new_zeros(1)])
+
+
+def root(moment: Tensor) -> Tensor:
+    """A lower triangular L with L Lᵀ = `moment` (n, n), which is damped. Raises `ValueError` if it is zero."""
+    moment = moment.double()
+    damping = DAMPING * float(moment.diagonal().mean())
+    if not damping > 0:
+        raise ValueError("the second moment is zero")
+    while True:
+        # Rounding leaves a moment of few rows with eigenvalues a little below zero.
+        damped = moment + damping * torch.eye(len(moment), dtype=torch.float64)
+        triangle, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            return triangle
+        damping *= 10
+
+
+def decompose(weight: Tensor, inputs: Tensor | None = None, outputs: Tensor | None = None) -> Spectrum:
+    """The SVD of `weight` (out, in) in the metric with the roots `inputs` (in, in) and `outputs` (out, out), lower
+    triangular; the identity where None.
+    """
+    scaled = weight.detach().double()
+    scaled = scaled if outputs is None else outputs.T @ scaled
+    scaled = scaled if inputs is None else scaled @ inputs
+    left, values, right = torch.linalg.svd(scaled, full_matrices=False)
+    if outputs is not None:
+        left = torch.linalg.solve_triangular(outputs.T, left, upper=True)
+    if inputs is not None:
+        right = torch.linalg.solve_triangular(inputs, right, upper=False, left=False)
+    return Spectrum(left, values, right)
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a weight of `shape` (out, in) loses at each rank, `errors` (k + 1,), and costs: `dense` as it is."""
+
+    shape: tuple[int, int]
+    errors: Tensor
+    dense: float
+
+    def cost(self, rank: int | None) -> float:
+        """The cost of factors of `rank`, in the unit of `dense`; None: of the weight as it is."""
+        out, width = self.shape
+        return self.dense if rank is None else self.dense * rank * (out + width) / (out * width)
+
+    def error(self, rank: int | None) -> float:
+        """What factors of `rank` lose; None: nothing."""
+        return 0.0 if rank is None else float(self.errors[rank])
+
+    def ranks(self, multiple: int) -> list[int]:
+        """Multiples of `multiple` that cost less than the dense weight."""
+        return [rank for rank in range(multiple, len(self.errors), multiple) if self.cost(rank) < self.dense]
+
+
+def uniform_ranks(offers: Sequence[Offer], keep: float, multiple: int) -> list[int | None]:
+    """For every weight the largest of its ranks that costs at most `keep` of its dense cost; None: dense."""
+    found = [[rank for rank in one.ranks(multiple) if one.cost(rank) <= keep * one.dense] for one in offers]
+    return [max(ranks, default=None) for ranks in found]
+
+
+def allocate(offers: Sequence[Offer], budget: float, multiple: int) -> list[int | None]:
+    """Ranks, or None for dense, that cost at most `budget` in all and make the sum of errors small.
+
+    First every weight takes the rank with the least `error + price * cost`, at the lowest price that keeps the
+    budget; what is left is spent on the upgrades that lower the error most for their cost. Raises `ValueError` if
+    even the smallest ranks cost more.
+    """
+    choices = [_Choices(one, multiple) for one in offers]
+    low, high = 0.0, 1.0
+    while _total(offers, ranks := [one.best(high) for one in choices]) > budget:
+        if high > 1e60:
+            raise ValueError("the smallest ranks cost more than the budget")
+        low, high = high, 16 * high
+    for _ in range(100):
+        middle = (low + high) / 2 if low else high / 16
+        found = [one.best(middle) for one in choices]
+        if _total(offers, found) > budget:
+            low = middle
+        else:
+            high, ranks = middle, found
+    return _filled(offers, choices, ranks, budget)
+
+
+class _Choices:
+    """The ranks that one weight may take, dense among them, with their costs and errors."""
+
+    def __init__(self, offer: Offer, multiple: int) -> None:
+        self.ranks: list[int | None] = [*offer.ranks(multiple), None]
+        self.costs = torch.tensor([offer.cost(rank) for rank in self.ranks], dtype=torch.float64)
+        self.errors = torch.tensor([offer.error(rank) for rank in self.ranks], dtype=torch.float64)
+
+    def best(self, price: float) -> int | None:
+        return self.ranks[int((self.errors + price * self.costs).argmin())]
+
+    def upgrade(self, rank: int | None, left: float) -> tuple[float, int | None]:
+        """The best gain in error per cost over `rank` for at most `left`, and the rank that gives it."""
+        here = self.ranks.index(rank)
+        more = self.costs - self.costs[here]
+        gains = torch.where(
+            (more > 0) & (more <= left), (self.errors[here] - self.errors) / more.clamp(min=1e-300), 0.0
+        )
+        best = int(gains.argmax())
+        return float(gains[best]), self.ranks[best]
+
+
+def _filled(
+    offers: Sequence[Offer], choices: Sequence[_Choices], ranks: list[int | None], budget: float
+) -> list[int | None]:
+    while True:
+        left = budget - _total(offers, ranks)
+        upgrades = [one.upgrade(rank, left) for one, rank in zip(choices, ranks, strict=True)]
+        place = max(range(len(upgrades)), key=lambda number: upgrades[number][0], default=0)
+        if not upgrades or upgrades[place][0] <= 0:
+            return ranks
+        ranks = [*ranks[:place], upgrades[place][1], *ranks[place + 1 :]]
+
+
+def _total(offers: Sequence[Offer], ranks: Sequence[int | None]) -> float:
+    return sum(one.cost(rank) for one, rank in zip(offers, ranks, strict=True))

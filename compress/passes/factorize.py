@@ -1,0 +1,216 @@
+"""Low-rank factorization: linear maps become two thin ones, with ranks that one budget buys where it hurts least.
+
+Methods: `svd` (truncated SVD of the weight), `asvd` (Yuan et al. 2023, arXiv 2312.05821), `svd_llm` (Wang et
+al. 2024, arXiv 2403.07378), and `fisher`, which measures errors by the change of the loss (after Chekalina et
+al. 2025, arXiv 2505.17974); see `compress.numerics.low_rank`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from compress.errors import Unsuitable
+from compress.passes.base import Context, Needs, Pass, Result
+from compress.progress import track
+from compress.report import Change, Effect, Skip
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from compress.graph.structure import Weight
+    from compress.model import Model
+    from compress.numerics.low_rank import Offer, Spectrum
+    from compress.passes.moments import Moments
+
+
+class Factorize(Pass):
+    """Replace linear maps by the product of two thin ones."""
+
+    effect: ClassVar[Effect] = "lossy"
+    needs: ClassVar[Needs] = "calibration"
+
+    use: Literal["factorize"] = "factorize"
+    keep: float = Field(default=0.8, gt=0, lt=1)
+    """The share of the cost of all linear maps in scope that is left."""
+    of: Literal["parameters", "macs", "bytes"] = "parameters"
+    """What `keep` is a share of: parameters, multiply-accumulates of the example, or stored bytes."""
+    method: Literal["fisher", "svd_llm", "asvd", "svd"] = "fisher"
+    """The metric of the error: the change of the loss; of the outputs; of the outputs, each input channel taken
+    alone; of the weights."""
+    ranks: Literal["budget", "uniform"] = "budget"
+    """`budget`: one budget for all, spent where it lowers the error most (relative errors, but with `fisher`).
+    `uniform`: every linear map keeps the same share."""
+    multiple: int = Field(default=8, ge=1)
+    """Ranks are multiples of this, as kernels like them."""
+    alpha: float = Field(default=0.5, ge=0, le=1)
+    """The exponent of the channels' mean magnitude in `asvd`."""
+    head: bool = False
+    """Also factorize the output head."""
+
+    def check(self, model: Model) -> None:
+        from compress.layers.quantized import is_quantized
+
+        if is_quantized(model.module):
+            raise Unsuitable(
+                "The model is quantized already, and integer weights have no factors.",
+                "Put `factorize` before `quantize` in the recipe, and start from the float model.",
+            )
+
+    def apply(self, model: Model, context: Context) -> Result:
+        self.check(model)
+        weights, skips = self._choose(model)
+        moments = self._moments(model, context, weights)
+        unseen = [one for one in weights if not self._is_seen(one, moments)]
+        skips += [Skip(one.path, "reads or moves nothing in the calibration data") for one in unseen]
+        weights = [one for one in weights if one not in unseen]
+        spectra = self._spectra(model, context, weights, moments)
+        offers = [self._offer(model, weight, one) for weight, one in zip(weights, spectra, strict=True)]
+        ranks = self._allocated(offers)
+        changes = []
+        for weight, spectrum, offer, rank in zip(weights, spectra, offers, ranks, strict=True):
+            if rank is None:
+                skips.append(
+                    Skip(weight.path, "stays dense: factors that save anything would lose more here")
+                )
+                continue
+            layer = model.module.get_submodule(weight.path)
+            changes.append(_change(weight.path, layer, offer, rank))
+            _replace(model.module, layer, *spectrum.factors(rank))
+        chosen = {one.path: rank for one, rank in zip(weights, ranks, strict=True) if rank is not None}
+        return Result(model.module, tuple(changes), tuple(skips), {"ranks": chosen})
+
+    def restore(self, module: nn.Module, record: dict[str, Any]) -> nn.Module:
+        from compress.layers.linear import matrix
+
+        for path, rank in record["ranks"].items():
+            layer = module.get_submodule(path)
+            weight = matrix(layer)
+            factors = weight.new_empty(len(weight), rank), weight.new_empty(rank, weight.shape[1])
+            _replace(module, layer, *factors)
+        return module
+
+    def _choose(self, model: Model) -> tuple[list[Weight], list[Skip]]:
+        """The linear maps to factorize, and the weighted modules in scope that stay as they are."""
+        chosen, skips = [], []
+        for weight in model.graph.weights:
+            if weight.path in self.scope:
+                why = self._reason_to_skip(model, weight)
+                skips += [Skip(weight.path, why)] if why else []
+                chosen += [] if why else [weight]
+        return chosen, skips
+
+    def _reason_to_skip(self, model: Model, weight: Weight) -> str:
+        from compress.layers.linear import is_linear, matrix
+
+        layer = model.module.get_submodule(weight.path)
+        if weight.role == "embedding":
+            return "an embedding; look-ups have no product to save"
+        if weight.role == "head" and not self.head:
+            return "the output head; set `head: true` to factorize it"
+        if not is_linear(layer):
+            return f"{type(layer).__name__} is not a plain linear map"
+        if sharers := model.graph.sharers(f"{weight.path}.weight"):
+            return f"its weight is tied with {', '.join(sharers)}"
+        out, width = matrix(layer).shape
+        if self.multiple * (out + width) >= out * width:
+            return f"{out}x{width} has no rank of {self.multiple} or more that saves anything"
+        return ""
+
+    def _moments(self, model: Model, context: Context, weights: Sequence[Weight]) -> Moments:
+        from compress.passes.moments import Moments, fisher_moments, input_moments
+
+        what = "factorize: second moments"
+        if not weights or self.method == "svd":
+            return Moments()
+        return (fisher_moments if self.method == "fisher" else input_moments)(model, context, weights, what)
+
+    def _is_seen(self, weight: Weight, moments: Moments) -> bool:
+        """Whether the data says anything of `weight`: a metric of zeros has no SVD."""
+        sums = [] if self.method == "svd" else [moments.inputs.get(weight.reads)]
+        sums += [moments.gradients.get(weight.path)] if self.method == "fisher" else []
+        return all(one is not None and bool(one.any()) for one in sums)
+
+    def _spectra(
+        self, model: Model, context: Context, weights: Sequence[Weight], moments: Moments
+    ) -> list[Spectrum]:
+        from compress.layers.linear import matrix
+        from compress.numerics.low_rank import decompose
+
+        return [
+            decompose(
+                matrix(model.module.get_submodule(weight.path)).cpu(),
+                self._input_root(weight, moments),
+                self._output_root(weight, moments),
+            )
+            for weight in track(context.observer, "factorize: singular values", weights)
+        ]
+
+    def _input_root(self, weight: Weight, moments: Moments) -> Tensor | None:
+        from compress.numerics.low_rank import root
+
+        if self.method == "svd":
+            return None
+        if self.method == "asvd":
+            magnitudes = moments.magnitudes(weight.reads)
+            return magnitudes.clamp(min=1e-6 * float(magnitudes.mean())).pow(self.alpha).diag()
+        return root(moments.mean(weight.reads))
+
+    def _output_root(self, weight: Weight, moments: Moments) -> Tensor | None:
+        from compress.numerics.low_rank import root
+
+        return root(moments.gradients[weight.path]) if self.method == "fisher" else None
+
+    def _offer(self, model: Model, weight: Weight, spectrum: Spectrum) -> Offer:
+        from compress.layers.linear import matrix
+        from compress.numerics.low_rank import Offer
+
+        dense = matrix(model.module.get_submodule(weight.path))
+        cost = {
+            "parameters": dense.numel(),
+            "macs": weight.macs,
+            "bytes": dense.numel() * dense.element_size(),
+        }[self.of]
+        errors = spectrum.errors()
+        # Only the loss is one unit for all weights; any other error is taken as a share of the weight's own.
+        errors = errors if self.method == "fisher" else errors / errors[0].clamp(min=1e-300)
+        return Offer((dense.shape[0], dense.shape[1]), errors, float(cost))
+
+    def _allocated(self, offers: Sequence[Offer]) -> list[int | None]:
+        from compress.numerics.low_rank import allocate, uniform_ranks
+
+        if self.ranks == "uniform":
+            return uniform_ranks(offers, self.keep, self.multiple)
+        try:
+            return allocate(offers, self.keep * sum(one.dense for one in offers), self.multiple)
+        except ValueError as error:
+            raise Unsuitable(
+                f"`keep: {self.keep}` of the {self.of} cannot be reached: with ranks of {self.multiple}, {error}.",
+                "Keep more, or lower `multiple`.",
+            ) from error
+
+
+def _change(path: str, layer: nn.Module, offer: Offer, rank: int) -> Change:
+    out, width = offer.shape
+    kept = offer.cost(rank) / offer.dense
+    lost = float(offer.errors[rank] / offer.errors[0].clamp(min=1e-300))
+    return Change(
+        path,
+        "factorized",
+        f"{type(layer).__name__} {out}x{width}",
+        f"rank {rank}, {100 * kept:.0f} % of the cost, {100 * lost:.2g} % of the squared error of leaving it out",
+    )
+
+
+def _replace(module: nn.Module, layer: nn.Module, expand: Tensor, reduce: Tensor) -> None:
+    """Put factors (out, rank) and (rank, in) in the place of `layer`, in its type and on its device."""
+    from compress.layers.linear import matrix
+    from compress.layers.low_rank import LowRankLinear
+    from compress.layers.quantized import swap
+
+    weight = matrix(layer)
+    bias = getattr(layer, "bias", None)
+    factors = LowRankLinear(expand.to(weight), reduce.to(weight), bias)
+    swap(module, {layer: factors.train(layer.training)})

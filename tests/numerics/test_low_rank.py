@@ -1,0 +1,132 @@
+"""Truncated SVDs in a metric, and what ranks a budget buys."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from compress.numerics.low_rank import Offer, Spectrum, allocate, decompose, root, uniform_ranks
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def correlated(count: int, features: int) -> Tensor:
+    """Rows whose channels depend on each other, with very different sizes."""
+    return normal(count, features) @ normal(features, features, seed=1) * torch.logspace(0, 2, features)
+
+
+WEIGHT = normal(12, 20, seed=2)
+X = correlated(500, 20)
+G = correlated(400, 12)
+
+
+def approximation(spectrum: Spectrum, rank: int) -> Tensor:
+    expand, reduce = spectrum.factors(rank)
+    assert (expand.shape, reduce.shape) == ((12, rank), (rank, 20))
+    return expand @ reduce
+
+
+def test_full_rank_is_the_weight():
+    for metric in ((None, None), (root(X.T @ X), None), (root(X.T @ X), root(G.T @ G))):
+        torch.testing.assert_close(approximation(decompose(WEIGHT, *metric), 12), WEIGHT, rtol=0, atol=1e-7)
+
+
+def test_the_error_on_the_inputs_is_what_the_dropped_values_say():
+    spectrum = decompose(WEIGHT, root(X.T @ X))
+    for rank in (1, 5, 11):
+        lost = (X @ (WEIGHT - approximation(spectrum, rank)).T).square().sum()
+        # The damping of the metric is the difference.
+        torch.testing.assert_close(lost, spectrum.errors()[rank], rtol=1e-3, atol=0)
+
+
+def test_whitened_is_best_on_its_inputs():
+    def lost(spectrum: Spectrum) -> float:
+        return float((X @ (WEIGHT - approximation(spectrum, 6)).T).square().sum())
+
+    whitened = lost(decompose(WEIGHT, root(X.T @ X)))
+    scaled = lost(decompose(WEIGHT, X.abs().mean(0).sqrt().diag()))
+    plain = lost(decompose(WEIGHT))
+    assert whitened < 0.9 * scaled
+    assert whitened < 0.9 * plain
+
+
+def test_two_sided_is_best_under_both_moments():
+    def lost(spectrum: Spectrum) -> float:
+        difference = WEIGHT - approximation(spectrum, 6)
+        return float((G @ difference @ X.T).square().sum())
+
+    both, inputs = decompose(WEIGHT, root(X.T @ X), root(G.T @ G)), decompose(WEIGHT, root(X.T @ X))
+    assert lost(both) < 0.5 * lost(inputs)
+    torch.testing.assert_close(lost(both), float(both.errors()[6]), rtol=1e-3, atol=0)
+
+
+def test_an_even_metric_changes_nothing():
+    even = 7.0 * torch.eye(20, dtype=torch.float64)
+    torch.testing.assert_close(
+        approximation(decompose(WEIGHT, root(even)), 5), approximation(decompose(WEIGHT), 5)
+    )
+
+
+def test_a_planted_rank_is_found():
+    planted = normal(12, 3) @ normal(3, 20, seed=5)
+    spectrum = decompose(planted, root(X.T @ X))
+    torch.testing.assert_close(approximation(spectrum, 3), planted)
+    assert spectrum.errors()[3] < 1e-12 * spectrum.errors()[0]
+
+
+def test_zero_moments_have_no_root():
+    with pytest.raises(ValueError, match="the second moment is zero"):
+        root(torch.zeros(3, 3))
+
+
+def test_a_singular_moment_has_a_root():
+    once = normal(1, 20)
+    found = root(once.T @ once)
+    torch.testing.assert_close(found @ found.T, once.T @ once, rtol=0, atol=1e-5)
+
+
+# Ranks.
+
+
+def offer(values: list[float], shape: tuple[int, int] = (8, 8), dense: float = 64.0) -> Offer:
+    squares = torch.tensor(values, dtype=torch.float64)
+    errors = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
+    return Offer(shape, errors, dense)
+
+
+def test_ranks_save_something():
+    assert offer([1.0] * 8).ranks(1) == [1, 2, 3]  # 4 * 16 = 64 is the dense cost
+    assert offer([1.0] * 8).ranks(2) == [2]
+    assert offer([1.0] * 8).ranks(4) == []
+
+
+def test_uniform_ranks_keep_a_share_of_each():
+    offers = [offer([1.0] * 8), offer([1.0] * 8, (8, 24), 192.0)]
+    assert uniform_ranks(offers, 0.5, 1) == [2, 3]
+    assert uniform_ranks(offers, 0.2, 1) == [None, 1]
+
+
+def test_the_budget_goes_where_it_hurts():
+    flat, steep = offer([1.0] * 8), offer([9.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1])
+    assert allocate([flat, steep], 80.0, 1) == [None, 1]
+
+
+def test_the_budget_is_kept_and_used():
+    generator = torch.Generator().manual_seed(0)
+    offers = [
+        Offer((64, 64), decompose(torch.randn(64, 64, generator=generator) * scale).errors(), 4096.0)
+        for scale in (0.1, 1.0, 3.0, 0.5)
+    ]
+    for share in (0.9, 0.6, 0.31):
+        ranks = allocate(offers, share * 4 * 4096, 4)
+        spent = sum(one.cost(rank) for one, rank in zip(offers, ranks, strict=True))
+        assert share * 4 * 4096 - 4 * 128 < spent <= share * 4 * 4096  # four ranks cost 512
+        assert all(rank is None or rank % 4 == 0 for rank in ranks)
+
+
+def test_a_budget_below_the_smallest_ranks():
+    with pytest.raises(ValueError, match="the smallest ranks cost more than the budget"):
+        allocate([offer([1.0] * 8)], 15.0, 1)
