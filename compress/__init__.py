@@ -13,7 +13,10 @@ from compress.checkpoint import load, open_model, save
 from compress.errors import ModelpressError
 from compress.model import Model, load_model
 from compress.passes.base import Context, Pass, Result
+from compress.passes.distill import Distill
+from compress.passes.drop_layers import DropLayers
 from compress.passes.factorize import Factorize
+from compress.passes.fuse_layers import FuseLayers
 from compress.passes.quantize import Quantize
 from compress.passes.smooth import Smooth
 from compress.pipeline import Outcome, run
@@ -26,7 +29,10 @@ __all__ = [
     "Artifact",
     "Change",
     "Context",
+    "Distill",
+    "DropLayers",
     "Factorize",
+    "FuseLayers",
     "Model",
     "ModelpressError",
     "Outcome",

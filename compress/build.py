@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from compress.checkpoint import open_model, write_checkpoint
 from compress.data import as_batches, batches
 from compress.errors import NotAccepted, RecipeError
-from compress.folders import disk_errors, empty, kept_folder
+from compress.folders import disk_errors, empty, kept_folder, partial_of
 from compress.manifest import Manifest
 from compress.model import Model
 from compress.passes.base import Context, Pass
@@ -24,6 +24,9 @@ from compress.verdict import judge, shortfalls
 
 if TYPE_CHECKING:
     import torch
+
+STEPS = "steps"
+"""The folder of the model after its last finished pass, within the folder of a build that is under way."""
 
 
 def apply(
@@ -69,13 +72,14 @@ def build(recipe: Recipe, into: str | Path, *, observer: Observer = SILENT, forc
     """Compress, export and prove as `recipe` says, into the new folder `into`.
 
     The folder holds `checkpoint/`, one folder an export, and `manifest.json`. It appears whole: until then the work
-    is in `into.partial`, from whose last finished pass a later run goes on. Raises `NotAccepted`, after the
+    is in `into.partial`, from whose last finished pass a later run goes on. Where a launcher has started several
+    processes, this is for the main one; the others `take_part`. Raises `NotAccepted`, after the
     folder is in place, if a demand of the recipe's `accept` is not met.
     """
     into, begun = Path(into), time.perf_counter()
     with kept_folder(into, force) as partial:
-        empty(partial, keep=("steps",))
-        steps = partial / "steps"
+        empty(partial, keep=(STEPS,))
+        steps = partial / STEPS
         steps.mkdir(exist_ok=True)
         model = load_named(recipe, observer)
         for target in recipe.export:
@@ -100,6 +104,15 @@ def build(recipe: Recipe, into: str | Path, *, observer: Observer = SILENT, forc
         manifest.write(partial)
         empty(partial, keep=("checkpoint", "manifest.json", *artifact_names(recipe.export)))
     return manifest
+
+
+def take_part(recipe: Recipe, into: str | Path) -> None:
+    """Run the passes of `recipe` beside the main process, which builds `into`: for a share of the training.
+
+    Writes nothing.
+    """
+    model = load_named(recipe)
+    run(model, recipe.passes, recipe_context(recipe, model), store=partial_of(Path(into)) / STEPS)
 
 
 def _compress(

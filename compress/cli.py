@@ -52,6 +52,10 @@ Calibration = Annotated[
     Path | None,
     typer.Option("--calibration", help="Calibrate on this: a text file, a table, or a folder of pictures."),
 ]
+TrainingData = Annotated[
+    Path | None,
+    typer.Option("--training", help="Train on this: a text file, a table, or a folder of pictures."),
+]
 Out = Annotated[Path | None, typer.Option("--out", help="The new folder to write; build/NAME by default.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
 Task = Annotated[str | None, typer.Option("--task", help="The model's task, such as text-classification.")]
@@ -85,21 +89,25 @@ def apply(
     task: Task = None,
     out: Out = None,
     calibration: Calibration = None,
+    training: TrainingData = None,
     force: Force = False,
 ) -> None:
     """Compress, export and prove a model as a recipe says."""
     from compress.console import hush, output, progress
     from compress.recipe import recipe_path
 
-    wanted = _recipe(recipe, model, task, calibration)
+    wanted = _recipe(recipe, model, task, calibration, training)
     hush()
-    from compress.build import build, require_accepted
+    from compress.build import build, require_accepted, take_part
+    from compress.processes import is_main
     from compress.summary import tables
 
+    into = out or Path("build") / recipe_path(recipe).stem
+    if not is_main():
+        take_part(wanted, into)
+        return
     with progress() as observer:
-        manifest = build(
-            wanted, out or Path("build") / recipe_path(recipe).stem, observer=observer, force=force
-        )
+        manifest = build(wanted, into, observer=observer, force=force)
     for table in tables(manifest):
         output().print(table)
     output().print(f"Written to {manifest.folder}.", markup=False)
@@ -130,12 +138,16 @@ def validate(recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...")])
 
 @app.command()
 def plan(
-    recipe: RecipeName, model: ModelName = None, task: Task = None, calibration: Calibration = None
+    recipe: RecipeName,
+    model: ModelName = None,
+    task: Task = None,
+    calibration: Calibration = None,
+    training: TrainingData = None,
 ) -> None:
     """Say what each pass would touch and skip, and what a build would cost. Writes nothing."""
     from compress.console import hush, output, progress
 
-    wanted = _recipe(recipe, model, task, calibration)
+    wanted = _recipe(recipe, model, task, calibration, training)
     hush()
     from compress.plan import plan as make_plan
     from compress.summary import skips_table, steps_table
@@ -150,11 +162,14 @@ def plan(
     )
 
 
-def _recipe(name: str, model: str | None, task: str | None, calibration: Path | None) -> Any:
+def _recipe(
+    name: str, model: str | None, task: str | None, calibration: Path | None, training: Path | None
+) -> Any:
     from compress.recipe import load_recipe, require_complete
 
     recipe = load_recipe(name).with_model(model, task)
     recipe = recipe.with_calibration(calibration) if calibration else recipe
+    recipe = recipe.with_training(training) if training else recipe
     require_complete(recipe)
     return recipe
 

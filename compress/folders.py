@@ -49,9 +49,8 @@ def kept_folder(into: Path, force: bool = False) -> Iterator[Path]:
     Raises `OutputError` before the block where `into` is taken, cannot be written, or another run works on it, and
     `DiskFull` in place of the system's error.
     """
-    into = Path(into).resolve()
+    into, partial = Path(into).resolve(), partial_of(into)
     require_free(into, force)
-    partial = into.with_name(into.name + ".partial")
     try:
         partial.mkdir(exist_ok=True)
     except OSError as error:
@@ -59,6 +58,12 @@ def kept_folder(into: Path, force: bool = False) -> Iterator[Path]:
     with _lock(partial), disk_errors(partial):
         yield partial
         _replace(partial, into)
+
+
+def partial_of(into: Path) -> Path:
+    """Where the work on `into` is until it is whole."""
+    into = Path(into).resolve()
+    return into.with_name(into.name + ".partial")
 
 
 def empty(folder: Path, keep: tuple[str, ...] = ()) -> None:

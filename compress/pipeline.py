@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compress import processes
 from compress.checkpoint import load, save
 from compress.compare import EXACT_TOLERANCE, forward, parity, require_finite
 from compress.errors import ModelpressError, NothingToDo, Unproved
@@ -40,11 +41,13 @@ def run(
     """Apply `passes` in order to a copy of `model`, proving every step on the model's example.
 
     With `store`, an existing folder, the model after each pass is kept there until the next one is done, and a run
-    with the same weights, data, settings and package versions goes on from it. Raises `NothingToDo` for a pass that
+    with the same weights, data, settings and package versions goes on from it. The teacher of passes that train is
+    `model`, unless the context has one. Raises `NothingToDo` for a pass that
     changed nothing, `Unproved` for outputs that are not finite, have another shape, or (after a pass that claims
     to keep the function) differ, and whatever the passes raise.
     """
     context = context or Context()
+    context = context if context.teacher is not None else replace(context, teacher=model)
     keys = _keys(model, passes, context) if store is not None else [""] * len(passes)
     done, current = _resume(model, store, keys) if store is not None else (0, None)
     if current is None:
@@ -52,7 +55,8 @@ def run(
     # The source's processor and example stay: a checkpoint gives back equal ones.
     current = replace(current, source=model.source, processor=model.processor)
     for index in range(done, len(passes)):
-        current = _run_one(current, passes[index], context, passes[:index])
+        scratch = context.scratch if store is None else store / f"scratch-{keys[index][:16]}"
+        current = _run_one(current, passes[index], replace(context, scratch=scratch), passes[:index])
         if store is not None:
             _keep(current, store, keys[index])
     return Outcome(current, current.history[len(model.history) :])
@@ -138,8 +142,10 @@ def _require_exact(settings: Pass, found: Parity, module: nn.Module) -> None:
 def _keys(model: Model, passes: Sequence[Pass], context: Context) -> list[str]:
     """One key a pass, over the weights, the data, the versions, and the settings of all passes up to it."""
     digest = hashlib.sha256(json.dumps([package_versions(), model.task, context.seed]).encode())
-    for name, tensor in _tensors(model.module).items():
-        _update(digest, name, tensor)
+    teacher = context.teacher.module if context.teacher is not None else model.module
+    for module in dict.fromkeys((model.module, teacher)):
+        for name, tensor in _tensors(module).items():
+            _update(digest, name, tensor)
     for batches in (context.calibration, context.training):
         _update_with_batches(digest, batches)
     keys = []
@@ -167,15 +173,22 @@ def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _keep(model: Model, store: Path, key: str) -> None:
-    """Keep `model` as the folder named by `key`, then drop the one before it: the disk holds two at most."""
-    save(model, store / key, force=True)
-    empty(store, keep=(key,))
+    """Keep `model` as the folder named by `key`, then drop the one before it: the disk holds two at most.
+
+    The scratch folder of the pass goes with it. Of several processes only the main one keeps anything.
+    """
+    if processes.is_main():
+        save(model, store / key, force=True)
+        empty(store, keep=(key,))
 
 
 def _resume(source: Model, store: Path, keys: Sequence[str]) -> tuple[int, Model | None]:
-    for index in range(len(keys), 0, -1):
-        if (store / keys[index - 1]).is_dir():
-            model = load(store / keys[index - 1], skeleton=copy.deepcopy(source.module))
-            steps = tuple(replace(step, resumed=True) for step in model.history)
-            return index, replace(model, history=steps)
-    return 0, None
+    kept = [number for number, key in enumerate(keys, start=1) if (store / key).is_dir()]
+    done = processes.shared(max(kept, default=0))
+    if not done:
+        return 0, None
+    model = load(store / keys[done - 1], skeleton=copy.deepcopy(source.module))
+    # Nobody goes on, and drops the folder, before all have read it.
+    processes.shared(None)
+    steps = tuple(replace(step, resumed=True) for step in model.history)
+    return done, replace(model, history=steps)

@@ -148,6 +148,15 @@ class Recipe(_Part):
         source = source_at(path, like=self.data.calibration)
         return self.model_copy(update={"data": self.data.model_copy(update={"calibration": source})})
 
+    def with_training(self, path: Path) -> Recipe:
+        """The same recipe, trained on the file or folder at `path`; see `source_at`.
+
+        Without training data in the recipe, 4096 samples of up to 256 tokens are taken, 16 a batch.
+        """
+        like = self.data.training or Source(text=path, samples=4096, max_length=256, batch_size=16)
+        source = source_at(path, like=like)
+        return self.model_copy(update={"data": self.data.model_copy(update={"training": source})})
+
 
 def shipped_recipes() -> tuple[str, ...]:
     """The names of the recipes that come with this package, sorted."""
@@ -240,10 +249,9 @@ def require_complete(recipe: Recipe) -> None:
         raise UsageError("The recipe names no model.", "Give one: `--model FOLDER_OR_NAME`.")
     for one in recipe.passes:
         if one.needs != "nothing" and getattr(recipe.data, one.needs) is None:
-            option = " or `--calibration PATH` (a text file, a table, or a folder of images)"
             raise DataError(
                 f"The pass `{one.use}` needs {one.needs} data, and the recipe has no `data.{one.needs}`.",
-                f"Give it in the recipe{option if one.needs == 'calibration' else ''}.",
+                f"Give it in the recipe or `--{one.needs} PATH` (a text file, a table, or a folder of images).",
             )
     require_files(recipe)
 

@@ -89,7 +89,7 @@ def _check_checkpoint(model: Model, outcome: Outcome, outputs: dict[str, torch.T
 
 def _check_declines(settings: Pass, unsuitable: Model, context: Context) -> None:
     try:
-        run(unsuitable, [settings], replace(context, calibration=None))
+        run(unsuitable, [settings], replace(context, calibration=None, training=None))
     except ModelpressError as error:
         assert error.fact, f"{settings.use} declines without saying why"
         assert error.remedy, f"{settings.use} declines without a remedy: {error.fact}"

@@ -23,6 +23,7 @@ from typing import Any
 
 from compress.errors import ModelpressError, UsageError
 from compress.memory import give_back
+from compress.processes import alone
 from compress.progress import SILENT, Observer, track
 
 WARMUP = 3
@@ -131,10 +132,10 @@ def _run(variant: Variant, calls: int, threads: int) -> list[float]:
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """The child imports what this process can, and its OpenMP and BLAS pools have `threads` threads."""
+    """The child imports what this process can, alone, and its OpenMP and BLAS pools have `threads` threads."""
     pools = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     path = os.pathsep.join(entry for entry in sys.path if entry)
-    return {**os.environ, "PYTHONPATH": path, **dict.fromkeys(pools, str(threads))}
+    return {**alone(os.environ), "PYTHONPATH": path, **dict.fromkeys(pools, str(threads))}
 
 
 def _ending(status: int) -> str:

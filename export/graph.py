@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from compress.configs import using_cache
 from compress.errors import ModelpressError, Unsuitable
 from export.dimensions import is_cache, name_dimensions
 
@@ -107,18 +108,6 @@ def _untraceable(model: Model, error: Exception) -> Unsuitable:
         f"The example holds {', '.join(model.example)}. Check that the module runs on it, that its forward keeps to "
         "tensors (no `.item()`, no Python branches on values), and that every operation has an ONNX translation.",
     )
-
-
-@contextlib.contextmanager
-def using_cache(module: nn.Module, cache: bool) -> Iterator[None]:
-    """Set `use_cache` on every config inside `module` for the block: nested decoders keep their own copies."""
-    configs = {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}
-    with contextlib.ExitStack() as stack:
-        for config in configs.values():
-            if hasattr(config, "use_cache"):
-                stack.callback(setattr, config, "use_cache", config.use_cache)
-                config.use_cache = cache
-        yield
 
 
 @contextlib.contextmanager

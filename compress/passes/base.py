@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -26,7 +27,12 @@ Batches = Iterable[Mapping[str, "torch.Tensor"]]
 
 @dataclass(frozen=True)
 class Context:
-    """What a pass may use besides the model. Batches are None where the recipe names no data for them."""
+    """What a pass may use besides the model. Batches are None where the recipe names no data for them.
+
+    `teacher` is the model that training is measured against: the one that the run began with, unless given.
+    `scratch` is a folder for what an interrupted pass goes on from; it need not exist yet, and the runner removes it
+    when the pass is done.
+    """
 
     device: str = "cpu"
     seed: int = 0
@@ -35,6 +41,8 @@ class Context:
     evaluation: Batches | None = None
     targets: tuple[str, ...] = ()
     observer: Observer = SILENT
+    teacher: Model | None = None
+    scratch: Path | None = None
 
 
 @dataclass(frozen=True)

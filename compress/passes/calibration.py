@@ -124,19 +124,27 @@ def unpadded(values: Tensor, batch: Mapping[str, Tensor], sequence: int | None) 
     """`values` (batch, ..., sequence, ...) without padding: (positions, ...); all of them if nothing says
     what is padding.
 
-    A position counts if any of the batch's sequences of that length has a token there. The last dimension holds
-    features, whatever its size: a pooled (batch, features) tensor has no sequence.
+    The last dimension holds features, whatever its size: a pooled (batch, features) tensor has no sequence.
     """
-    import torch
-
     if sequence is None or values.dim() <= sequence + 1:
         return values
     values = values.movedim(sequence, 1)
+    mask = tokens_of(batch, values.shape[:2])
+    return values if mask is None else values[mask]
+
+
+def tokens_of(batch: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor | None:
+    """Where there are tokens in a tensor over (batch, sequence) of `shape`, as booleans; None if nothing says so.
+
+    A position counts if any of the batch's sequences of that length has a token there.
+    """
+    import torch
+
     masks = [
         batch.get(name.replace("input_ids", "attention_mask"), torch.ones_like(ids))
         for name, ids in batch.items()
-        if name.endswith("input_ids") and ids.shape == values.shape[:2]
+        if name.endswith("input_ids") and ids.shape == shape
     ]
-    if not masks or any(mask.shape != values.shape[:2] for mask in masks):
-        return values
-    return values[torch.stack([mask.bool() for mask in masks]).any(0)]
+    if not masks or any(mask.shape != shape for mask in masks):
+        return None
+    return torch.stack([mask.bool() for mask in masks]).any(0)

@@ -1,0 +1,227 @@
+"""What a student is asked: the losses of `distill`, as functions of a module and a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import Unsuitable, UsageError
+from compress.graph.structure import Attention, Projection
+from compress.model import Inputs, Model
+from compress.numerics.relations import (
+    Heads,
+    attention_relation_loss,
+    divergence,
+    heads_of,
+    matched,
+    relative_error,
+    self_relation_loss,
+)
+from compress.outputs import float_outputs, forward
+from compress.passes.base import Context
+from compress.passes.calibration import tokens_of
+from compress.passes.moments import CLASSES_LAST
+from compress.training import Loss
+
+if TYPE_CHECKING:
+    from compress.passes.distill import Distill
+
+
+def require_teacher(context: Context) -> Model:
+    """The context's teacher. Raises `UsageError` if there is none."""
+    if context.teacher is None:
+        raise UsageError(
+            "`distill` needs a teacher, and the context has none.",
+            "Run it with `compress.apply` or `compress.run`, or give `Context(teacher=MODEL)`.",
+        )
+    return context.teacher
+
+
+def objective(settings: Distill, model: Model, teacher: Model) -> tuple[str, Loss]:
+    """What is compared, and the loss that compares it. Raises `Unsuitable` where the models cannot be compared so."""
+    kind = settings.loss
+    if kind == "auto":
+        kind = "logits" if _has_logits(model) else "hidden"
+    if kind == "logits":
+        return kind, logits_loss(model, teacher, settings.temperature)
+    if kind == "hidden":
+        return kind, hidden_loss(model, teacher)
+    return kind, relations_loss(model, teacher, settings.relation_heads)
+
+
+def logits_loss(model: Model, teacher: Model, temperature: float) -> Loss:
+    """The divergence of the student's distributions from the teacher's, mean over positions that are no padding."""
+    if not _has_logits(model):
+        raise Unsuitable(
+            f"`loss: logits` compares distributions over classes or words, and a model for {model.task} gives none.",
+            "Use `loss: hidden`.",
+        )
+    shapes = [tuple(forward(one.module, one.example)["logits"].shape) for one in (teacher, model)]
+    if shapes[0][-1] != shapes[1][-1]:
+        raise Unsuitable(
+            f"The teacher's logits are {shapes[0]} and the student's {shapes[1]}.",
+            "Use `loss: minilm`, or a teacher with the same classes.",
+        )
+
+    def loss(module: nn.Module, batch: Inputs) -> Tensor:
+        wanted = _untaught(teacher.module, lambda one: float_outputs(one(**batch))["logits"])
+        given = float_outputs(module(**batch))["logits"]
+        return divergence(wanted, given, tokens_of(batch, given.shape[:-1]), temperature)
+
+    return loss
+
+
+def hidden_loss(model: Model, teacher: Model) -> Loss:
+    """The squared error of each hidden state relative to the teacher's, blocks matched evenly, mean over positions.
+
+    Raises `Unsuitable` for models that give no hidden states, or of another width.
+    """
+    shapes = [
+        [tuple(state.shape[-1] for state in states) for states in _untaught(one.module, _asker(one.example))]
+        for one in (teacher, model)
+    ]
+    widths = [[max(found) for found in groups] for groups in shapes]
+    if widths[0] != widths[1]:
+        raise Unsuitable(
+            f"The teacher's hidden states have {_joined(widths[0])} features and the student's {_joined(widths[1])}.",
+            "Use `loss: minilm`, which compares models of any width, or `logits`.",
+        )
+
+    def loss(module: nn.Module, batch: Inputs) -> Tensor:
+        wanted, given = _untaught(teacher.module, _asker(batch)), hidden_states(module, batch)
+        errors = [
+            relative_error(one[number - 1], state, tokens_of(batch, state.shape[:-1]))
+            for one, other in zip(wanted, given, strict=True)
+            for number, state in zip(matched(len(one), len(other)), other, strict=True)
+        ]
+        return torch.stack(errors).mean()
+
+    return loss
+
+
+def hidden_states(module: nn.Module, batch: Inputs) -> list[list[Tensor]]:
+    """The states after each block, features last: one list a stack, as the model gives them when asked for.
+
+    Raises `Unsuitable` for a module that gives none.
+    """
+    try:
+        outputs = module(**batch, output_hidden_states=True)
+    except TypeError as error:
+        raise _stateless(module) from error
+    named = outputs.items() if isinstance(outputs, Mapping) else ()
+    groups = [
+        states
+        for name, states in named
+        if name.endswith("hidden_states") and not name.startswith("reshaped") and states
+    ]
+    if not groups:
+        raise _stateless(module)
+    # The first state is what the embeddings give: no block has made it.
+    return [[_features_last(state) for state in states[1:]] for states in groups]
+
+
+def relations_loss(model: Model, teacher: Model, count: int | None) -> Loss:
+    """MiniLM's loss of the last attention over its own sequence; with `count`, MiniLMv2's with so many heads.
+
+    Queries and keys are what the projections give: before rotary positions and norms of heads.
+    """
+    wanted, given = last_attention(teacher, "teacher"), last_attention(model, "student")
+    if count is None and wanted.heads != given.heads:
+        raise Unsuitable(
+            f"The teacher's last attention has {wanted.heads} heads and the student's {given.heads}.",
+            "Set `relation_heads`, which relates models with different heads.",
+        )
+    for who, one in (("teacher", wanted), ("student", given)):
+        if count is not None and one.heads * one.head_size % count:
+            raise Unsuitable(
+                f"The {who}'s {one.heads * one.head_size} features cannot be cut into {count} relation heads.",
+                "Set `relation_heads` to a number that divides both widths.",
+            )
+
+    def loss(module: nn.Module, batch: Inputs) -> Tensor:
+        target = _untaught(teacher.module, lambda one: listen(one, wanted, batch))
+        heads = listen(module, given, batch)
+        tokens = tokens_of(batch, (heads.query.shape[0], heads.query.shape[2]))
+        if count is None:
+            return attention_relation_loss(target, heads, tokens, given.causal)
+        return self_relation_loss(target, heads, count, tokens, given.causal)
+
+    return loss
+
+
+def last_attention(model: Model, who: str) -> Attention:
+    """The last attention of `model` whose queries, keys and values are linear maps of one sequence."""
+    found = [one for one in model.graph.attentions if one.query and one.key and one.value and not one.cross]
+    if not found:
+        raise Unsuitable(
+            f"`loss: minilm` finds no attention in the {who} whose queries, keys and values are linear maps.",
+            "Use `loss: hidden` or `logits`.",
+        )
+    return found[-1]
+
+
+def listen(module: nn.Module, attention: Attention, batch: Inputs) -> Heads:
+    """The queries, keys and values that `attention` makes of `batch`; keys and values repeated for shared heads."""
+    sides = (attention.query, attention.key, attention.value)
+    heard: dict[str, Tensor] = {}
+    with ExitStack() as hooks:
+        for path in {side.path for side in sides if side is not None}:
+            hooks.callback(module.get_submodule(path).register_forward_hook(_ear(heard, path)).remove)
+        module(**batch)
+    query, key, value = (_rows(heard[side.path], side) for side in sides if side is not None)
+    shared = attention.heads // attention.kv_heads
+    return Heads(
+        heads_of(query, attention.heads),
+        heads_of(key, attention.kv_heads, shared),
+        heads_of(value, attention.kv_heads, shared),
+    )
+
+
+def _ear(heard: dict[str, Tensor], path: str) -> Callable[..., None]:
+    def hear(_: nn.Module, __: Any, output: Tensor) -> None:
+        heard[path] = output
+
+    return hear
+
+
+def _rows(output: Tensor, side: Projection) -> Tensor:
+    """The features of `side` among those of its module, (batch, tokens, features), head after head."""
+    if output.dim() != 3:
+        raise Unsuitable(
+            f"`loss: minilm` reads (batch, tokens, features), and `{side.path}` gives {tuple(output.shape)}.",
+            "Use `loss: hidden` or `logits`.",
+        )
+    return torch.cat([output[..., start:stop] for start, stop in side.rows], -1)
+
+
+def _untaught(module: nn.Module, ask: Callable[[nn.Module], Any]) -> Any:
+    with torch.no_grad():
+        return ask(module)
+
+
+def _asker(batch: Inputs) -> Callable[[nn.Module], list[list[Tensor]]]:
+    return lambda module: hidden_states(module, batch)
+
+
+def _has_logits(model: Model) -> bool:
+    return model.task in CLASSES_LAST and "logits" in forward(model.module, model.example)
+
+
+def _features_last(state: Tensor) -> Tensor:
+    """Maps (batch, channels, height, width) as (batch, height, width, channels); sequences as they are."""
+    return state.movedim(1, -1) if state.dim() == 4 else state
+
+
+def _stateless(module: nn.Module) -> Unsuitable:
+    return Unsuitable(
+        f"{type(module).__name__} gives no hidden states when asked with `output_hidden_states=True`.",
+        "Use `loss: logits` or `minilm`.",
+    )
+
+
+def _joined(widths: Sequence[int]) -> str:
+    return " and ".join(map(str, widths))
