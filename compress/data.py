@@ -126,7 +126,9 @@ def batches(source: Source, model: Model) -> Batches:
     """The examples of `source` as `model` takes them: the arguments of `model.example`, on the CPU.
 
     Text is padded to the longest sample of its batch; for text generation it is one text, cut into windows of
-    `max_length` tokens. Raises `DataError` for data that is missing, empty or does not fit the model.
+    `max_length` tokens. Each batch takes examples from all over the source: neighbours are often of one class or
+    topic, and steps of training on one topic at a time undo each other. Raises `DataError` for data that is missing,
+    empty or does not fit the model.
     """
     if source.kind == "text" and model.task == "text-generation":
         from compress.encoding import windows
@@ -134,7 +136,10 @@ def batches(source: Source, model: Model) -> Batches:
         examples: Sequence[Any] = windows(whole_text(_path(source)), source.max_length, model)
     else:
         examples = read_examples(source)
-    return grouped(spread(examples, source.samples), source, model, source.samples)
+    chosen = spread(examples, source.samples)
+    count = -(-len(chosen) // source.batch_size)
+    dealt = [example for start in range(count) for example in chosen[start::count]]
+    return grouped(dealt, source, model, source.samples)
 
 
 def grouped(examples: Sequence[Example], origin: Origin, model: Model, asked: int | None = None) -> Batches:

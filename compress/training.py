@@ -8,7 +8,7 @@ rounding of sums.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -103,6 +103,14 @@ def training_batches(context: Context, what: str) -> list[Inputs]:
     batches = list(context.training)
     _require_batches(batches, what)
     return batches
+
+
+def autocast(settings: Training, context: Context) -> AbstractContextManager[None]:
+    """The precision of `settings`, for what is computed beside the training."""
+    import torch
+
+    device = torch.device(context.device).type
+    return torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bfloat16")
 
 
 @contextmanager

@@ -29,9 +29,16 @@ class Spectrum:
     right: Tensor
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
-        """Factors (out, rank) and (rank, in) of the best approximation of that rank."""
-        root = self.values[:rank].sqrt()
-        return self.left[:, :rank] * root, root[:, None] * self.right[:rank]
+        """Factors (out, rank) and (rank, in) of the best approximation of that rank.
+
+        Both have the singular values of their product's root: in the metric's own scale one of them can be
+        thousands of times larger than the other, and no learning rate would suit both.
+        """
+        outer, left = torch.linalg.qr(self.left[:, :rank] * self.values[:rank])
+        inner, right = torch.linalg.qr(self.right[:rank].T)
+        before, values, after = torch.linalg.svd(left @ right.T)
+        root = values.sqrt()
+        return outer @ before * root, root[:, None] * (after @ inner.T)
 
     def errors(self) -> Tensor:
         """The squared error in the metric of each rank from 0 to k, (k + 1,)."""

@@ -39,7 +39,7 @@ class Distill(Training, Pass):
     use: Literal["distill"] = "distill"
     steps: int = Field(default=400, ge=1)
     """Steps of the optimizer."""
-    learning_rate: float = Field(default=3e-4, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0)
     """The largest learning rate."""
     loss: Literal["auto", "logits", "hidden", "minilm"] = "auto"
     """What is compared: the distributions over classes or words; the states between blocks; the relations between

@@ -21,7 +21,7 @@ from compress.passes.blocks import Call, run_stack
 from compress.passes.calibration import tokens_of
 from compress.passes.drop_layers import place_in_container
 from compress.progress import track
-from compress.training import Trained, train
+from compress.training import Trained, autocast, train
 
 if TYPE_CHECKING:
     from compress.passes.fuse_layers import FuseLayers
@@ -42,10 +42,12 @@ def fuse(
     """Remove the block number `place` of `blocks`, those of the stack `path`, grafted into its group, in place."""
     group = group_around(place, len(blocks), settings.group)
     members = blocks[group.start : group.stop]
-    lessons = [
-        _lesson(module, members, place - group.start, batch, number, settings.precision == "bfloat16")
-        for number, batch in enumerate(track(context.observer, "fuse_layers: what the group gives", batches))
-    ]
+    seen = batches[: settings.steps * settings.accumulate]
+    with autocast(settings, context):
+        lessons = [
+            _lesson(module, members, place - group.start, batch, number)
+            for number, batch in enumerate(track(context.observer, "fuse_layers: what the group gives", seen))
+        ]
     survivors = [module.get_submodule(blocks[at]) for at in group if at != place]
     grafts = _graft(survivors, module.get_submodule(blocks[place]), settings, context.seed)
     log = train(
@@ -109,11 +111,10 @@ class _Lesson:
 
 
 def _lesson(
-    module: nn.Module, blocks: Sequence[str], place: int, batch: Inputs, number: int, autocast: bool
+    module: nn.Module, blocks: Sequence[str], place: int, batch: Inputs, number: int
 ) -> _Lesson:
     """What `blocks`, a whole group, give for one batch; the one at `place` is left out of the calls."""
-    with torch.autocast(next(iter(batch.values())).device.type, torch.bfloat16, enabled=autocast):
-        run = run_stack(module, blocks, batch, number + 1)
+    run = run_stack(module, blocks, batch, number + 1)
     given = {"hidden": run.hidden[0], "wanted": run.last, "number": torch.tensor(number)}
     if (tokens := tokens_of(batch, run.last.shape[:-1])) is not None:
         given["tokens"] = tokens

@@ -3,9 +3,9 @@
 Block Influence: one less the mean cosine between what a block reads and what it gives (ShortGPT, Men et al.
 2024, arXiv 2403.03853). Angular distance over a run of blocks (Gromov et al. 2024, arXiv 2403.17887). Macro
 Influence: one less the mean cosine between what the whole stack gives with and without the block (FuseGPT,
-arXiv 2411.14507). Loss: what the model's negative log-likelihood of the text is without the block (SLEB,
-Song et al. 2024, arXiv 2402.09025). Padding and each row's first token, whose activations dwarf all others in
-many decoders, are left out.
+arXiv 2411.14507); ours beside it, with a linear substitute in the block's place. Loss: what the model's negative
+log-likelihood of the text is without the block (SLEB, Song et al. 2024, arXiv 2402.09025). Padding and each row's
+first token, whose activations dwarf all others in many decoders, are left out.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def block_influences(
         blocks,
         batches,
         observer,
-        lambda run: [
+        lambda run, _: [
             1 - cosines(before, after) for before, after in zip(run.hidden[:-1], run.hidden[1:], strict=True)
         ],
     )
@@ -50,7 +50,7 @@ def run_distances(
         blocks,
         batches,
         observer,
-        lambda run: [
+        lambda run, _: [
             angular_distance(before, after)
             for before, after in zip(run.hidden[:-length], run.hidden[length:], strict=True)
         ],
@@ -63,10 +63,42 @@ def macro_influences(
     """1 - mean cosine of what the stack gives with and without each block."""
     layers = [module.get_submodule(path) for path in blocks]
 
-    def without(run: Run) -> list[Tensor]:
-        return [1 - cosines(_through(layers, run, place), run.last) for place in range(len(blocks))]
+    def without(run: Run, _: Tensor) -> list[Tensor]:
+        return [
+            1 - cosines(_through(layers, run, place, run.hidden[place]), run.last)
+            for place in range(len(blocks))
+        ]
 
     return _mean_over(module, blocks, batches, observer, without)
+
+
+def substituted_influences(
+    module: nn.Module, blocks: Sequence[str], batches: Sequence[Batch], observer: Observer
+) -> list[float]:
+    """1 - mean cosine of what the stack gives with each block and with its linear substitute in its place.
+
+    Macro Influence says what is lost when a block goes; this says what stays lost after training.
+    """
+    from compress.passes.substitutes import Substitutes
+
+    layers = [module.get_submodule(path) for path in blocks]
+    substitutes = Substitutes(layers)
+
+    def learn(run: Run, kept: Tensor) -> list[Tensor]:
+        substitutes.see(run, kept)
+        return []
+
+    def without(run: Run, kept: Tensor) -> list[Tensor]:
+        reads = dict(substitutes.reads)
+        found = []
+        for place in range(len(blocks)):
+            hidden = substitutes.stand_in(place, run, reads.get(place - 1), kept)
+            found.append(1 - cosines(_through(layers, run, place, hidden), run.last))
+        return found
+
+    with substitutes.listening():
+        _mean_over(module, blocks, batches, observer, learn)
+        return _mean_over(module, blocks, batches, observer, without)
 
 
 def losses_without(
@@ -90,11 +122,10 @@ def _loss(module: nn.Module, batch: Batch) -> float:
     return float(cross_entropy(logits[kept], wanted[kept]))
 
 
-def _through(layers: Sequence[nn.Module], run: Run, left_out: int) -> Tensor:
-    """What the stack gives without the block `left_out`."""
+def _through(layers: Sequence[nn.Module], run: Run, left_out: int, hidden: Tensor) -> Tensor:
+    """What the stack gives without the block `left_out`, for the `hidden` states in the place of its output."""
     import torch
 
-    hidden = run.calls[left_out].hidden
     with torch.no_grad():
         for layer, call in list(zip(layers, run.calls, strict=True))[left_out + 1 :]:
             hidden = call.run(layer, hidden)
@@ -106,27 +137,29 @@ def _mean_over(
     blocks: Sequence[str],
     batches: Sequence[Batch],
     observer: Observer,
-    measure: Callable[[Run], list[Tensor]],
+    measure: Callable[[Run, Tensor], list[Tensor]],
 ) -> list[float]:
-    """The mean over all counted tokens of each value (batch, sequence) that `measure` gives."""
+    """The mean over all counted tokens of each value (batch, sequence) that `measure` gives for a run.
+
+    It is also given which positions count, (batch, sequence).
+    """
     sums: list[float] = []
     count = 0
     for number, batch in enumerate(track(observer, "influence of each block", batches), start=1):
-        found = [_counted(one, batch) for one in measure(run_stack(module, blocks, batch, number))]
-        sums = [
-            old + float(one.double().sum())
-            for old, one in zip(sums or [0.0] * len(found), found, strict=True)
-        ]
-        count += found[0].numel()
+        run = run_stack(module, blocks, batch, number)
+        kept = _counted(run.last, batch)
+        found = [float(one[kept].double().sum()) for one in measure(run, kept)]
+        sums = [old + one for old, one in zip(sums or [0.0] * len(found), found, strict=True)]
+        count += int(kept.sum())
     return [one / count for one in sums]
 
 
-def _counted(values: Tensor, batch: Batch) -> Tensor:
-    """`values` (batch, sequence) of the tokens that count, flat; all of them for anything but tokens."""
+def _counted(hidden: Tensor, batch: Batch) -> Tensor:
+    """Which positions (batch, sequence) of `hidden` count; all of them for anything but tokens."""
     import torch
 
-    tokens = tokens_of(batch, tuple(values.shape))
-    if tokens is None or values.shape[1] < 2:
-        return values.flatten()
+    tokens = tokens_of(batch, hidden.shape[:-1])
+    if tokens is None or hidden.shape[1] < 2:
+        return torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
     first = tokens.int().argmax(1, keepdim=True)
-    return values[tokens.scatter(1, first, torch.zeros_like(first, dtype=torch.bool))]
+    return tokens.bool().scatter(1, first, torch.zeros_like(first, dtype=torch.bool))

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import __main__ as command
 from benchmarks.machine import this_machine
-from benchmarks.results import Row, Table, markdown
+from benchmarks.results import Row, Table, Upwards, markdown
 from compress.errors import DataError
 from compress.timing import Spread
 
@@ -24,7 +24,9 @@ def table(**asked: object) -> Table:
         threads=int(str(asked["threads"])),
         baseline="base",
         shapes=("1 x 8",),
-        rows=(Row("base", 1, 99.0, 1.0, spread, spread),),
+        figures={"cosine": ".2f"},
+        upwards=Upwards("cosine", 1.0, "1 - cosine", "cosine"),
+        rows=(Row("base", 1, {"cosine": 1.0}, spread, spread),),
     )
 
 

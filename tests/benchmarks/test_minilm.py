@@ -51,9 +51,11 @@ def test_a_short_run_of_two_contenders(data: Path, tmp_path: Path, monkeypatch: 
     assert set(table.machine.versions) == {"torch", "transformers"}
     assert float32.bytes == pytest.approx(2 * bfloat16.bytes, rel=0.01)
     assert float32.bytes == pytest.approx(90.9e6, rel=0.01)
-    assert float32.cosine == pytest.approx(1)
-    assert 0.999 < bfloat16.cosine < 1
-    assert (float32.spearman, bfloat16.spearman) == (pytest.approx(100), pytest.approx(100))
+    assert float32.figures[minilm.COSINE] == pytest.approx(1)
+    assert 0.999 < bfloat16.figures[minilm.COSINE] < 1
+    assert [row.figures[minilm.SPEARMAN] for row in table.rows] == [pytest.approx(100)] * 2
+    products = 6 * 12 * 384**2 * 8 + 6 * 2 * 8 * 8 * 384
+    assert float32.figures[minilm.MACS] == pytest.approx(products / 1e9, rel=0.01)
     assert float32.speedup["1 x 8"].median == 1
     ratio = float32.seconds["1 x 8"].median / bfloat16.seconds["1 x 8"].median
     assert bfloat16.speedup["1 x 8"].median == pytest.approx(ratio)

@@ -109,7 +109,7 @@ def test_the_report_says_what_the_group_lost():
     model = build("llama")
     outcome = run(model, [FuseLayers(remove=1, steps=40)], data(model))
     change = outcome.steps[0].changes[0]
-    assert change.before.startswith("macro influence 0.")
+    assert change.before.startswith("substituted influence 0.")
     before, after = (float(one) for one in change.after.split("group ")[1].split(" in ")[0].split(" -> "))
     assert 0 < after < before
 
