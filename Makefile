@@ -27,8 +27,9 @@ format: .venv/installed-dev  ## put the code into its canonical form
 docs: .venv/installed-docs  ## build the documentation, strictly, into build/site
 	$(BIN)/mkdocs build --quiet --strict --site-dir $(OUT)/site
 
-bench: .venv/installed-bench  ## compare with peers, and measure memory; DATA is a folder that holds stsb_dev.tsv.gz
+bench: .venv/installed-bench  ## all tables of docs/benchmarks.md, from the folders DATA and LANGUAGE_MODEL
 	$(BIN)/python -m benchmarks minilm --data "$(DATA)" --out $(OUT)/bench
+	$(BIN)/python -m benchmarks language --data "$(DATA)" --model "$(LANGUAGE_MODEL)" --out $(OUT)/bench
 	$(BIN)/python -m benchmarks.memory
 
 clean:  ## remove everything that these targets made

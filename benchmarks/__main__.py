@@ -15,8 +15,8 @@ from benchmarks.results import markdown
 from compress.console import hush, show_error
 from compress.errors import ModelpressError
 
-TABLES = ("minilm",)
-"""Modules of this package with `run(data, cache, rounds, calls, threads) -> Table` and its `PACKAGES`."""
+TABLES = ("minilm", "language")
+"""Modules of this package with `run(data, model, cache, rounds, calls, threads) -> Table` and its `PACKAGES`."""
 
 
 def main() -> int:
@@ -36,6 +36,7 @@ def _measure(arguments: argparse.Namespace) -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     table = module.run(
         data=arguments.data,
+        model=arguments.model,
         cache=arguments.out / "cache",
         rounds=arguments.rounds,
         calls=arguments.calls,
@@ -52,6 +53,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--data", type=Path, required=True, help="folder with the evaluation data")
+    parser.add_argument("--model", type=Path, help="folder of the model, where no package brings it")
     parser.add_argument(
         "--out", type=Path, default=Path("build/bench"), help="folder for artifacts and results"
     )

@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from compress.folders import new_folder
 
-Builder = Callable[[Path, Sequence[str], Path], None]
-"""Called with the folder it builds on, the calibration texts, and the new, empty folder to write into."""
+Builder = Callable[..., None]
+"""Called with the folder it builds on, the calibration texts, the new, empty folder to write into, and settings."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,14 @@ class Build:
     """How one artifact is made. `on` names the build that it starts from; None is the original model.
 
     `packages` are the distributions, and `sources` the import packages of ours, whose change makes it anew.
+    `settings` are JSON values that the builder takes as keywords.
     """
 
     make: Builder
     packages: tuple[str, ...]
     on: str | None = None
     sources: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,15 +53,21 @@ def build_all(builds: Mapping[str, Build], model: Path, texts: Sequence[str], ca
     return made
 
 
+def model_bytes(folder: Path) -> int:
+    """Bytes of the files that hold the graph and the weights."""
+    suffixes = {".onnx", ".data", ".xml", ".bin", ".safetensors"}
+    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in suffixes)
+
+
 def _build(name: str, build: Build, base: Made, texts: Sequence[str], cache: Path) -> Made:
     key = _key(build, base, texts)
-    folder = cache / f"{name}-{key[:12]}"
+    folder = cache / f"{re.sub(r'[^a-z0-9]+', '-', name)}-{key[:12]}"
     if folder.exists():
         print(f"{name}: as built before, {folder}")
         return Made(folder, key)
     print(f"{name}: building {folder}")
     with new_folder(folder) as partial:
-        build.make(base.folder, texts, partial)
+        build.make(base.folder, texts, partial, **build.settings)
     return Made(folder, key)
 
 
@@ -67,6 +77,7 @@ def _key(build: Build, base: Made, texts: Sequence[str]) -> str:
         "texts": _digest(text.encode() for text in texts),
         "packages": {package: version(package) for package in build.packages},
         "sources": {package: _digest(_sources(package)) for package in build.sources},
+        "settings": dict(build.settings),
         "make": [build.make.__name__, inspect.getsource(sys.modules[build.make.__module__])],
     }
     return _digest([json.dumps(facts, sort_keys=True).encode()])

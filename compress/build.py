@@ -60,10 +60,10 @@ def apply(
 
 def recipe_context(recipe: Recipe, model: Model) -> Context:
     """The data and targets that a recipe names, as its passes take them."""
-    data = recipe.data
+    calibration, training = recipe.data.source("calibration"), recipe.data.source("training")
     return Context(
-        calibration=batches(data.calibration, model) if data.calibration else None,
-        training=batches(data.training, model) if data.training else None,
+        calibration=batches(calibration, model) if calibration else None,
+        training=batches(training, model) if training else None,
         targets=tuple(target.use for target in recipe.export),
     )
 

@@ -56,6 +56,10 @@ def _listed(group: Group) -> str:
     return ", ".join(f"`{name}`" for name in available(group))
 
 
+CALIBRATED_ON = 64
+"""So many examples of the training data calibrate a recipe that has no calibration data."""
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -75,13 +79,23 @@ class ModelSpec(_Part):
 class DataSpec(_Part):
     """The data of a recipe, each part needed only by those passes and thresholds that use it."""
 
-    calibration: Source | None = None
+    calibration: Source | None = Field(
+        default=None,
+        description="What passes measure the model on. Without it: examples of the training data.",
+    )
     training: Source | None = None
     heldout: Source | None = Field(
         default=None,
         description="Inputs kept out of calibration, on which results are compared with the original.",
     )
     evaluation: Evaluation | None = None
+
+    def source(self, use: Literal["calibration", "training"]) -> Source | None:
+        """The source for this use; to calibrate without one of its own, up to `CALIBRATED_ON` training examples."""
+        if use == "training" or self.calibration or not self.training:
+            return getattr(self, use)
+        fewer = min(self.training.samples, CALIBRATED_ON)
+        return self.training.model_copy(update={"samples": fewer})
 
 
 class Accept(_Part):
@@ -151,9 +165,9 @@ class Recipe(_Part):
     def with_training(self, path: Path) -> Recipe:
         """The same recipe, trained on the file or folder at `path`; see `source_at`.
 
-        Without training data in the recipe, 4096 samples of up to 256 tokens are taken, 16 a batch.
+        Without training data in the recipe, 4096 samples of up to 512 tokens are taken, 8 a batch.
         """
-        like = self.data.training or Source(text=path, samples=4096, max_length=256, batch_size=16)
+        like = self.data.training or Source(text=path, samples=4096, max_length=512, batch_size=8)
         source = source_at(path, like=like)
         return self.model_copy(update={"data": self.data.model_copy(update={"training": source})})
 
@@ -248,7 +262,7 @@ def require_complete(recipe: Recipe) -> None:
     if recipe.model.name is None:
         raise UsageError("The recipe names no model.", "Give one: `--model FOLDER_OR_NAME`.")
     for one in recipe.passes:
-        if one.needs != "nothing" and getattr(recipe.data, one.needs) is None:
+        if one.needs != "nothing" and recipe.data.source(one.needs) is None:
             raise DataError(
                 f"The pass `{one.use}` needs {one.needs} data, and the recipe has no `data.{one.needs}`.",
                 f"Give it in the recipe or `--{one.needs} PATH` (a text file, a table, or a folder of images).",

@@ -191,7 +191,7 @@ def _arguments(settings: Training, context: Context, folder: Path) -> TrainingAr
         warmup_steps=round(settings.warmup * settings.steps),
         max_grad_norm=settings.clip,
         seed=context.seed,
-        bf16=settings.precision == "bfloat16",
+        bf16=settings.in_bfloat16(context.device),
         use_cpu=torch.device(context.device).type == "cpu",
         save_strategy="no" if context.scratch is None else "steps",
         save_steps=max(1, settings.steps // 10),

@@ -47,8 +47,13 @@ class Training(BaseModel):
     """The largest norm of the gradient."""
     accumulate: int = Field(default=1, ge=1)
     """Batches a step, over all processes together."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """`bfloat16`: matrix products in bfloat16, weights and sums as they are (autocast)."""
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
+    """`bfloat16`: matrix products in bfloat16, weights and sums as they are (autocast). `auto`: where the device has
+    instructions for it."""
+
+    def in_bfloat16(self, device: str | torch.device) -> bool:
+        """Whether matrix products on `device` are computed in bfloat16."""
+        return self.precision == "bfloat16" or (self.precision == "auto" and multiplies_bfloat16(device))
 
 
 @dataclass(frozen=True)
@@ -109,8 +114,19 @@ def autocast(settings: Training, context: Context) -> AbstractContextManager[Non
     """The precision of `settings`, for what is computed beside the training."""
     import torch
 
-    device = torch.device(context.device).type
-    return torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bfloat16")
+    device = torch.device(context.device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=settings.in_bfloat16(device))
+
+
+def multiplies_bfloat16(device: str | torch.device) -> bool:
+    """Whether `device` has instructions for products in bfloat16; without them it is slower than float32."""
+    import torch
+
+    from compress.versions import processor
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(processor()["flags"])
 
 
 @contextmanager

@@ -26,6 +26,7 @@ CPU_FLAGS = (
     "amx_int8",
     "amx_bf16",
     "asimddp",
+    "bf16",
     "i8mm",
 )
 """Those that decide which integer and half kernels a runtime takes."""

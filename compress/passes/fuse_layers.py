@@ -1,8 +1,9 @@
 """FuseGPT: remove the blocks that matter least, and graft what they knew into their neighbours.
 
-After Pei et al. 2024, arXiv 2411.14507. One block after the other: the one with the least influence goes; its weights are grafted into the other blocks of its group through low-rank coefficients, which are trained, with
-low-rank updates and the norms, to give the group's own output; then all is folded to plain weights. What is left
-is the model with fewer blocks.
+After Pei et al. 2024, arXiv 2411.14507. One block after the other: the one with the least influence goes; its
+weights are grafted into the other blocks of its group through low-rank coefficients, which are trained, with low-rank
+updates and the norms, to give the group's own output; then all is folded to plain weights. What is left is the model
+with fewer blocks.
 """
 
 from __future__ import annotations

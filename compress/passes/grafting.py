@@ -110,9 +110,7 @@ class _Lesson:
     calls: tuple[Call, ...]
 
 
-def _lesson(
-    module: nn.Module, blocks: Sequence[str], place: int, batch: Inputs, number: int
-) -> _Lesson:
+def _lesson(module: nn.Module, blocks: Sequence[str], place: int, batch: Inputs, number: int) -> _Lesson:
     """What `blocks`, a whole group, give for one batch; the one at `place` is left out of the calls."""
     run = run_stack(module, blocks, batch, number + 1)
     given = {"hidden": run.hidden[0], "wanted": run.last, "number": torch.tensor(number)}

@@ -73,4 +73,6 @@ class Substitutes:
 def _ridge(gram: Tensor, cross: Tensor) -> Tensor:
     """The solution M (in, out) of least squares with sums x xᵀ (in, in) and x yᵀ (in, out)."""
     ridge = (RIDGE * gram.diagonal().mean()).clamp(min=1e-12)
-    return torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), cross)
+    return torch.linalg.solve(
+        gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), cross
+    )

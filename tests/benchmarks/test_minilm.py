@@ -45,7 +45,7 @@ def test_a_short_run_of_two_contenders(data: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(minilm, "BASELINE", "torch float32")
     monkeypatch.setattr(minilm, "SHAPES", ((1, 8),))
     monkeypatch.setattr(minilm, "VERSIONS", ("torch", "transformers"))
-    table = minilm.run(data, tmp_path / "cache", rounds=1, calls=1, threads=1)
+    table = minilm.run(data, None, tmp_path / "cache", rounds=1, calls=1, threads=1)
     float32, bfloat16 = table.rows
     assert table.shapes == ("1 x 8",)
     assert set(table.machine.versions) == {"torch", "transformers"}
