@@ -35,12 +35,12 @@ def small(name, models, tmp_path):
     recipe = load_recipe(name)
     recipe = recipe.with_model(str(models / recipe.model.task))
     needs = {one.needs for one in recipe.passes}
-    if "calibration" in needs and recipe.data.calibration is None:
-        recipe = recipe.with_calibration(models / "pictures")
     if "training" in needs:
         (tmp_path / "text.txt").write_text("\n".join(tiny.sentences(400)))
         training = Source(text=tmp_path / "text.txt", max_length=32, samples=64)
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"training": training})})
+    if "calibration" in needs and recipe.data.source("calibration") is None:
+        recipe = recipe.with_calibration(models / "pictures")
     require_complete(recipe)
     shape = {**recipe.measure.shape, "batch": 2}
     quick = recipe.measure.model_copy(update={"rounds": 1, "calls": 1, "shape": shape})
