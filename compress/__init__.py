@@ -15,22 +15,25 @@ from compress.model import Model, load_model
 from compress.passes.base import Context, Pass, Result
 from compress.passes.distill import Distill
 from compress.passes.drop_layers import DropLayers
+from compress.passes.expand_depth import ExpandDepth
 from compress.passes.factorize import Factorize
 from compress.passes.fuse_layers import FuseLayers
 from compress.passes.quantize import Quantize
 from compress.passes.smooth import Smooth
 from compress.pipeline import Outcome, run
 from compress.recipe import Recipe, load_recipe
-from compress.report import Change, Parity, Skip, Step
+from compress.report import Caution, Change, Parity, Skip, Step
 from compress.scope import Scope
 from compress.target import Artifact, Target
 
 __all__ = [
     "Artifact",
+    "Caution",
     "Change",
     "Context",
     "Distill",
     "DropLayers",
+    "ExpandDepth",
     "Factorize",
     "FuseLayers",
     "Model",

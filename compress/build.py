@@ -13,12 +13,13 @@ from compress.data import as_batches, batches
 from compress.errors import NotAccepted, RecipeError
 from compress.folders import disk_errors, empty, kept_folder, partial_of
 from compress.manifest import Manifest
+from compress.mismatch import mismatches
 from compress.model import Model
 from compress.passes.base import Context, Pass
 from compress.pipeline import Outcome, run
 from compress.progress import SILENT, Observer, task
 from compress.recipe import Recipe, load_recipe
-from compress.report import Step
+from compress.report import Caution, Step
 from compress.target import Artifact, Target, files_of
 from compress.verdict import judge, shortfalls
 
@@ -35,13 +36,15 @@ def apply(
     *,
     calibration: Iterable[Mapping[str, torch.Tensor]] | None = None,
     training: Iterable[Mapping[str, torch.Tensor]] | None = None,
+    heldout: Iterable[Mapping[str, torch.Tensor]] | None = None,
     seed: int = 0,
     observer: Observer = SILENT,
 ) -> Outcome:
     """Run the passes of a recipe (its name, path or value) or a list of passes over a copy of `model`.
 
-    Data given here goes before the recipe's. Nothing is written. Raises what the passes raise, `NothingToDo` for
-    a pass that changed nothing, and `Unproved` for a step whose outputs are wrong.
+    Data given here goes before the recipe's. With held-out data the outcome's `warnings` say whether the other data
+    misleads. Nothing is written. Raises what the passes raise, `NothingToDo` for a pass that changed nothing, and
+    `Unproved` for a step whose outputs are wrong.
     """
     if isinstance(recipe, (str, Path)):
         recipe = load_recipe(recipe)
@@ -51,19 +54,19 @@ def apply(
         seed=seed,
         observer=observer,
     )
-    if calibration is not None:
-        context = replace(context, calibration=as_batches(calibration, model))
-    if training is not None:
-        context = replace(context, training=as_batches(training, model))
-    return run(model, passes, context)
+    given = {"calibration": calibration, "training": training, "heldout": heldout}
+    given = {name: as_batches(data, model) for name, data in given.items() if data is not None}
+    return _run(model, passes, replace(context, **given))
 
 
 def recipe_context(recipe: Recipe, model: Model) -> Context:
     """The data and targets that a recipe names, as its passes take them."""
     calibration, training = recipe.data.source("calibration"), recipe.data.source("training")
+    heldout = recipe.data.heldout
     return Context(
         calibration=batches(calibration, model) if calibration else None,
         training=batches(training, model) if training else None,
+        heldout=batches(heldout, model) if heldout else None,
         targets=tuple(target.use for target in recipe.export),
     )
 
@@ -84,7 +87,7 @@ def build(recipe: Recipe, into: str | Path, *, observer: Observer = SILENT, forc
         model = load_named(recipe, observer)
         for target in recipe.export:
             target.check(model)
-        done, artifacts = _compress(recipe, model, partial, steps, observer)
+        done, warnings, artifacts = _compress(recipe, model, partial, steps, observer)
         verdicts = [
             judge(recipe, target, artifact, model, partial, observer)
             for target, artifact in zip(recipe.export, artifacts, strict=True)
@@ -100,6 +103,7 @@ def build(recipe: Recipe, into: str | Path, *, observer: Observer = SILENT, forc
             failures=shortfalls(recipe, verdicts),
             seconds=time.perf_counter() - begun,
             shape=recipe.measure.shape,
+            warnings=warnings,
         )
         manifest.write(partial)
         empty(partial, keep=("checkpoint", "manifest.json", *artifact_names(recipe.export)))
@@ -117,19 +121,26 @@ def take_part(recipe: Recipe, into: str | Path) -> None:
 
 def _compress(
     recipe: Recipe, model: Model, partial: Path, store: Path, observer: Observer
-) -> tuple[tuple[Step, ...], list[Artifact]]:
+) -> tuple[tuple[Step, ...], tuple[Caution, ...], list[Artifact]]:
     """Write the checkpoint and the exports. The compressed model is gone from memory when this returns: what
     follows times processes that load models of their own.
     """
     context = replace(recipe_context(recipe, model), observer=observer)
-    outcome = run(model, recipe.passes, context, store=store)
+    outcome = _run(model, recipe.passes, context, store)
     (partial / "checkpoint").mkdir()
     write_checkpoint(outcome.model, partial / "checkpoint")
     artifacts = [
         write(target, outcome.model, partial / name, observer)
         for name, target in zip(artifact_names(recipe.export), recipe.export, strict=True)
     ]
-    return outcome.steps, artifacts
+    return outcome.steps, outcome.warnings, artifacts
+
+
+def _run(model: Model, passes: Sequence[Pass], context: Context, store: Path | None = None) -> Outcome:
+    """Run the passes, and see whether their data misleads while both models are in memory."""
+    outcome = run(model, passes, context, store=store)
+    with task(context.observer, "compare held-out data"):
+        return replace(outcome, warnings=mismatches(model, outcome.model, passes, context))
 
 
 def load_named(recipe: Recipe, observer: Observer = SILENT) -> Model:

@@ -168,7 +168,7 @@ def _fill(module: nn.Module, tensors: dict[str, torch.Tensor], aliases: dict[str
     except RuntimeError as error:
         raise ModelError(
             f"The checkpoint {folder} does not fit its own structure: {str(error).splitlines()[1].strip()}",
-            "It was edited, or written by another version; write it again.",
+            "It was edited, written by another version, or made from another model than the given one; write it again.",
         ) from error
     for name, kept in aliases.items():
         owner, _, leaf = name.rpartition(".")

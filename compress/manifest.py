@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from compress.report import Parity, Step
+from compress.report import Caution, Parity, Step
 from compress.target import Artifact, File
 from compress.timing import Spread
 from compress.versions import package_versions, processor
@@ -39,7 +39,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Manifest:
-    """One finished build in `folder`. `failures` says which demands of `accept` are not met; empty means accepted."""
+    """One finished build in `folder`. `failures` says which demands of `accept` are not met; empty means accepted.
+
+    `warnings` say where the data that shaped the model misleads.
+    """
 
     folder: Path
     recipe: dict[str, Any]
@@ -51,6 +54,7 @@ class Manifest:
     failures: tuple[str, ...]
     seconds: float
     shape: dict[str, int]
+    warnings: tuple[Caution, ...] = ()
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json` into `folder`: all of this, with versions, processor and date."""

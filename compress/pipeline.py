@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress import processes
+from compress.catalog import available, find
 from compress.checkpoint import load, save
 from compress.compare import EXACT_TOLERANCE, forward, parity, require_finite
-from compress.errors import ModelpressError, NothingToDo, Unproved
+from compress.errors import ModelpressError, NothingToDo, Unproved, Unsuitable
 from compress.folders import empty
 from compress.model import Model
-from compress.passes.base import Batches, Context, Pass, Result
+from compress.passes.base import Batches, Context, Pass, Result, unpaid
 from compress.progress import task
-from compress.report import Parity, Step
+from compress.report import Caution, Parity, Step
 from compress.versions import package_versions
 
 if TYPE_CHECKING:
@@ -29,10 +30,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The compressed model, and the steps of this run in order (the model's history may be longer)."""
+    """The compressed model, and the steps of this run in order (the model's history may be longer).
+
+    `warnings` are what `compress.apply` and `compress.build` found out about the data; `run` looks for none.
+    """
 
     model: Model
     steps: tuple[Step, ...]
+    warnings: tuple[Caution, ...] = ()
 
 
 def run(
@@ -42,10 +47,11 @@ def run(
 
     With `store`, an existing folder, the model after each pass is kept there until the next one is done, and a run
     with the same weights, data, settings and package versions goes on from it. The teacher of passes that train is
-    `model`, unless the context has one. Raises `NothingToDo` for a pass that
-    changed nothing, `Unproved` for outputs that are not finite, have another shape, or (after a pass that claims
-    to keep the function) differ, and whatever the passes raise.
+    `model`, unless the context has one. Raises `Unsuitable` before any work for a pass whose result must be trained and
+    is not, `NothingToDo` for a pass that changed nothing, `Unproved` for outputs that are not finite, have another
+    shape, or (after a pass that claims to keep the function) differ, and whatever the passes raise.
     """
+    _require_paid(model, passes)
     context = context or Context()
     context = context if context.teacher is not None else replace(context, teacher=model)
     keys = _keys(model, passes, context) if store is not None else [""] * len(passes)
@@ -66,6 +72,17 @@ def state_bytes(module: nn.Module) -> int:
     """Bytes of all parameters and buffers of `module`, a shared tensor counted once."""
     tensors = {tensor.data_ptr(): tensor for tensor in _tensors(module).values()}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _require_paid(model: Model, passes: Sequence[Pass]) -> None:
+    known = available("compress.passes")
+    before = [
+        find("compress.passes", step.name).model_validate(step.settings)
+        for step in model.history
+        if step.name in known
+    ]
+    if debt := unpaid(passes, before):
+        raise Unsuitable(debt.fact, debt.remedy)
 
 
 def _run_one(model: Model, settings: Pass, context: Context, before: Sequence[Pass]) -> Model:

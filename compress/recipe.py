@@ -14,17 +14,18 @@ from pydantic import (
     Field,
     SerializeAsAny,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic.json_schema import models_json_schema
-from pydantic_core import PydanticCustomError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from compress.catalog import Group, available, find
 from compress.data import Origin, Source, source_at
 from compress.document import Document, position, read_document
 from compress.errors import DataError, RecipeError, UsageError
 from compress.evaluate import Evaluation
-from compress.passes.base import Pass
+from compress.passes.base import Pass, unpaid
 from compress.target import Target
 from compress.wording import Location, complaints, did_you_mean
 
@@ -141,6 +142,17 @@ class Recipe(_Part):
     export: tuple[Annotated[SerializeAsAny[Target], _found("compress.targets")], ...] = ()
     measure: Measure = Measure()
     accept: Accept = Accept()
+
+    @field_validator("passes")
+    @classmethod
+    def _are_paid(cls, passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
+        if debt := unpaid(passes):
+            said = PydanticCustomError("unpaid", "{text}", {"text": f"{debt.fact} {debt.remedy}"})
+            # The error of an item, so that it is shown where the item stands.
+            raise ValidationError.from_exception_data(
+                cls.__name__, [InitErrorDetails(type=said, loc=(debt.place,), input=passes[debt.place])]
+            )
+        return passes
 
     @model_validator(mode="after")
     def _does_something(self) -> Recipe:

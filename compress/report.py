@@ -27,6 +27,14 @@ class Skip:
 
 
 @dataclass(frozen=True)
+class Caution:
+    """A fact about a result that is good to know before it is used, and what to do about it."""
+
+    fact: str
+    remedy: str
+
+
+@dataclass(frozen=True)
 class Parity:
     """How far outputs are from the outputs that they are compared with, over all float outputs of one call.
 

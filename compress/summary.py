@@ -7,19 +7,21 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from compress.manifest import Manifest, Verdict
-from compress.report import Step
+from compress.report import Caution, Step
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
 def tables(manifest: Manifest) -> list[Table]:
-    """The steps, the artifacts, and what was left alone and why, as rich tables."""
+    """The steps, the artifacts, what was left alone and why, and the warnings, as rich tables."""
     found = [steps_table(manifest.steps)] if manifest.steps else []
     if manifest.verdicts:
         found.append(artifacts_table(manifest))
     if any(step.skips for step in manifest.steps):
         found.append(skips_table(manifest.steps))
+    if manifest.warnings:
+        found.append(warnings_table(manifest.warnings))
     return found
 
 
@@ -69,6 +71,14 @@ def skips_table(steps: Sequence[Step]) -> Table:
         for why, targets in reasons.items():
             more = f" and {len(targets) - 2} more" if len(targets) > 2 else ""
             table.add_row(step.name, ", ".join(targets[:2]) + more, why)
+    return table
+
+
+def warnings_table(warnings: Sequence[Caution]) -> Table:
+    """One row a warning."""
+    table = _table("Warnings", ("what", "what to do"))
+    for warning in warnings:
+        table.add_row(warning.fact, warning.remedy)
     return table
 
 

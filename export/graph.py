@@ -7,10 +7,12 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from compress.configs import using_cache
 from compress.errors import ModelpressError, Unsuitable
+from compress.plain import plain_copy
 from export.dimensions import is_cache, name_dimensions
 
 if TYPE_CHECKING:
@@ -31,8 +33,9 @@ def export_graph(model: Model, *, opset: int, scheme: Scheme, cache: bool = Fals
     """Trace `model` into one `onnx_ir` graph (`.program`), with what a runner needs to call it
     (`.components`).
 
-    Weights are the module's own tensors, not copies. Sizes that differ between calls are named: `batch`,
-    `sequence`, and so on (see `name_dimensions`). Quantized layers are lowered to `scheme`.
+    Weights are the module's own tensors, not copies, but for those that it computes from others: they are written
+    as what they are computed to. Sizes that differ between calls are named: `batch`, `sequence`, and so on (see
+    `name_dimensions`). Quantized layers are lowered to `scheme`.
 
     With `cache` the graph takes the key-value cache and any number of new tokens: an empty cache makes it the
     first step, one new token the following ones, so the weights are stored once. Without it no cache is
@@ -45,6 +48,7 @@ def export_graph(model: Model, *, opset: int, scheme: Scheme, cache: bool = Fals
     from compress.layers.quantized import lowered
 
     settings = OnnxConfig(dynamic=True, opset_version=opset)
+    model = replace(model, module=plain_copy(model.module))
     try:
         with quiet(), lowered(model.module, scheme), using_cache(model.module, cache):
             module, inputs = _traced_call(model, cache)

@@ -114,11 +114,15 @@ class OnnxRunner:
                 "The graph's input `input_ids` is missing.", f"It takes {', '.join(self.inputs)}."
             )
         batch, length = tokens.shape[:2]
-        state = self._empty_cache(batch) if past is None else {"past_key_values": past}
+        state = self._empty_cache(batch) if past is None else {self._cache_argument(): past}
         seen = self._length_of(state)
         mask = inputs.get("attention_mask", torch.ones(batch, seen + length, dtype=torch.long))
         positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -length:]
         return {"attention_mask": mask, "position_ids": positions, **inputs, **state}
+
+    def _cache_argument(self) -> str:
+        """What the model calls its cache: transformers has called it `past_key_values` and `cache`."""
+        return next(name.split(".")[1] for name in self.inputs if name.startswith("input."))
 
     def _length_of(self, state: dict[str, Any]) -> int:
         """Tokens in a cache, read from its tensors: the counter of a rebuilt cache may be the one of the trace."""

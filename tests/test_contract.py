@@ -15,6 +15,7 @@ from tests.zoo import build
 CASES = {
     "distill": ["bert", "gpt2", "llama", "vit", "t5"],
     "drop_layers": ["bert", "gpt2", "llama", "vit"],
+    "expand_depth": ["bert", "gpt2", "llama", "vit"],
     "fuse_layers": ["bert", "gpt2", "llama", "vit"],
     "factorize": ["bert", "gpt2", "llama", "vit", "t5"],
     "smooth": ["llama", "gpt2", "vit", "qwen3"],
@@ -24,6 +25,7 @@ CASES = {
 SETTINGS = {
     "distill": {"steps": 8, "learning_rate": 1e-4},
     "drop_layers": {"remove": 1},
+    "expand_depth": {"depth": 4, "unhealed": True},
     "fuse_layers": {"remove": 1, "steps": 4, "learning_rate": 1e-3},
 }
 """Where there are no defaults, or they would take long."""

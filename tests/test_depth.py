@@ -10,8 +10,8 @@ import transformers as tf
 from torch import nn
 
 from compress.configs import configs_of
-from compress.depth import layer_numbers, remove_blocks, restore_depth
-from compress.errors import ModelError, Unsuitable
+from compress.depth import layer_numbers, remove_blocks, resize_blocks, restore_depth
+from compress.errors import Unsuitable
 from tests.zoo import build
 
 SIZES = {
@@ -108,11 +108,88 @@ def test_restoring_twice_is_restoring_once():
     assert len(module.model.layers) == 2
 
 
-def test_a_depth_that_does_not_fit():
+def test_a_depth_of_a_later_config_stays():
+    module = llama()
+    restore_depth(module, "model.layers", 3, [1])
+    assert len(module.model.layers) == 4
+
+
+@pytest.mark.parametrize("depth", [1, 3, 4, 5, 9])
+def test_any_depth(depth):
+    module = llama()
+    resize_blocks(module, "model.layers", depth)
+    assert [layer.self_attn.layer_idx for layer in module.model.layers] == list(range(depth))
+    assert module.config.num_hidden_layers == depth
+    assert {id(part.config) for part in module.modules() if hasattr(part, "config")} == {id(module.config)}
+    assert len({id(one) for one in module.model.layers.parameters()}) == 9 * depth
+
+
+def gemma(kinds: list[str]) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_hidden_layers": len(kinds)}
+    return tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**sizes, layer_types=kinds, sliding_window=4)).eval()
+
+
+def test_a_pattern_goes_on():
+    sliding, full = "sliding_attention", "full_attention"
+    module = gemma([sliding, sliding, full, sliding, sliding, full, sliding])
+    resize_blocks(module, "model.layers", 10)
+    kinds = [sliding, sliding, full] * 3 + [sliding]
+    assert list(module.config.layer_types) == kinds
+    fresh = tf.Gemma3ForCausalLM(copy.deepcopy(module.config)).eval()
+    fresh.load_state_dict(module.state_dict())
+    ids = torch.randint(3, 60, (2, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(fresh(ids).logits, module(ids).logits)
+    cached = module.generate(ids, max_new_tokens=6, do_sample=False)
+    assert torch.equal(cached, module.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False))
+
+
+def test_without_a_pattern_there_is_no_growth():
+    module = gemma(["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"])
     with pytest.raises(
-        ModelError, match="`model.layers` has 4 blocks; the checkpoint was made from 3, of which 1"
+        Unsuitable, match="`model.layers` cannot grow from 4 to 6 blocks: .* no pattern to go on"
     ):
-        restore_depth(llama(), "model.layers", 3, [1])
+        resize_blocks(module, "model.layers", 6)
+    resize_blocks(module, "model.layers", 3)
+    assert list(module.config.layer_types)[-1] == "full_attention"
+
+
+def test_a_single_block_does_not_grow():
+    module = llama()
+    resize_blocks(module, "model.layers", 1)
+    with pytest.raises(Unsuitable, match="`model.layers` cannot grow from a single block"):
+        resize_blocks(module, "model.layers", 2)
+
+
+def test_blocks_of_two_classes_in_turn_go_on():
+    module = nn.Module()
+    module.blocks = nn.ModuleList([nn.Sequential(kind()) for kind in (nn.ReLU, nn.GELU) * 2])
+    resize_blocks(module, "blocks", 6)
+    assert [type(block[0]) for block in module.blocks] == [nn.ReLU, nn.GELU] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("bert", "encoder.layer"),
+        ("gpt2", "transformer.h"),
+        ("opt", "model.decoder.layers"),
+        ("whisper", "model.decoder.layers"),
+        ("vit", "vit.layers"),
+    ],
+)
+def test_a_fresh_model_of_the_grown_config_is_the_same_model(name, path):
+    model = build(name)
+    module = copy.deepcopy(model.module)
+    resize_blocks(module, path, 5)
+    fresh = type(module)(copy.deepcopy(module.config)).eval()
+    assert len(fresh.get_submodule(path)) == 5
+    fresh.load_state_dict(module.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(
+            next(iter(fresh(**model.example).values())), next(iter(module(**model.example).values()))
+        )
 
 
 def test_blocks_in_no_list():

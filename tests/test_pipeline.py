@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from compress.errors import NothingToDo, RecipeError, Unproved
+from compress.errors import NothingToDo, RecipeError, Unproved, Unsuitable
 from compress.model import Model
 from compress.passes.base import Context, Pass, Result
 from compress.pipeline import run, state_bytes
@@ -70,6 +70,29 @@ def test_an_exact_pass_that_moves_the_outputs_is_refused(model):
     ) as caught:
         run(model, [Rescale(error=1.001)])
     assert caught.value.__notes__ == ["In the pass `rescale`."]
+
+
+class Shake(Rescale):
+    """Gives weights that a later pass must train."""
+
+    use: Literal["shake"] = "shake"
+
+    def owes(self, before):
+        return f"weights shaken {len(before) + 1} times"
+
+
+class Mend(Rescale):
+    needs: ClassVar = "training"
+    use: Literal["mend"] = "mend"
+
+
+def test_what_must_be_trained_is_refused_before_any_work(model):
+    run(model, [Shake(), Shake(), Mend()])
+    with pytest.raises(
+        Unsuitable,
+        match="The pass `shake` gives weights shaken 3 times, and no pass that trains comes after it.\nPut one after",
+    ):
+        run(model, [Mend(fail_after=True), Mend(), Shake()])
 
 
 def test_the_error_says_after_which_passes(model):

@@ -209,6 +209,16 @@ def test_says_what_is_wrong(written, body, message):
     assert message in refused(written(body))
 
 
+def test_what_must_be_trained_is_shown_where_it_stands(written):
+    path = written("passes:\n  - {use: fold}\n  - {use: expand_depth}\n  - {use: quantize}\n")
+    assert (
+        f"{path}:5:5: `passes[1]`: The pass `expand_depth` gives blocks that were not trained, or not at this depth, "
+        "and no pass that trains comes after it. Put one after it, such as `distill`, or set `unhealed: true`"
+    ) in refused(path)
+    for passes in ("{use: expand_depth, unhealed: true}", "{use: expand_depth}, {use: distill}"):
+        assert load_recipe(written(f"passes: [{passes}]\n")).passes
+
+
 def test_a_missing_key_is_placed_at_its_parent(written):
     path = written("passes: [{use: fold}]\n", "summary: s\nmodel:\n  name: x\n")
     assert f"{path}:2:1: `model.task` is missing.\n  2 | model:\n" in refused(path)

@@ -16,13 +16,16 @@ from compress.graph.residual import find_residual_writers
 from compress.graph.structure import Graph
 from compress.graph.ties import find_ties
 from compress.graph.weights import find_products, find_weights
+from compress.plain import plain_copy
 
 
 def trace(module: nn.Module, example: Mapping[str, Tensor]) -> Graph:
     """Discover the structure of `module` from one traced run on the keyword arguments `example`.
 
-    The module is left as it was. Raises `Unsuitable` if it cannot be traced.
+    The module is left as it was. Tensors that are computed from others are seen as plain ones. Raises `Unsuitable` if
+    it cannot be traced.
     """
+    module = plain_copy(module)
     run = record(module, example)
     products = find_products(run)
     normalizations = find_normalizations(run)

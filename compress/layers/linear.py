@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from compress.plain import require_plain
+
 
 class Scaling(nn.Module):
     """Multiplies each channel of its input (..., channels) by a constant.
@@ -48,8 +50,10 @@ def is_linear(layer: nn.Module) -> bool:
 
 
 def matrix(layer: nn.Module) -> Tensor:
-    """The weight of a linear map as (out, in): a view without gradient, so that writing to it changes the
-    layer.
+    """The weight of a linear map as (out, in): a view without gradient, so that writing to it changes the layer.
+
+    Raises `Unsuitable` if the weight is computed from others (see `compress.plain`): it has nothing to write to.
     """
+    require_plain(layer, "")
     weight = layer.get_parameter("weight").detach()
     return weight.T if isinstance(layer, Conv1D) else weight

@@ -1,28 +1,21 @@
-"""Attention products on integers: q k^T and p v, put into a model through transformers' attention registry.
+"""Attention products on integers: q k^T and p v, put into a model as a child of its attention.
 
-transformers calls the function that the config names, so no forward is copied. The function is registered
-under `IMPLEMENTATION` with the additive mask of eager attention; a module that has a child `products`
-computes with it, and any other module in float. A config never saves the name of its implementation.
+The attention that modelpress registers with transformers computes through it: see `compress.layers.attention`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import eager_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from compress.layers.attention import routed
 from compress.layers.quantized import Activation
 from compress.numerics.affine import Affine, affine
 from compress.numerics.ranges import Range
 from compress.outputs import forward
-
-IMPLEMENTATION = "modelpress_int8"
 
 
 class SymmetricActivation(Activation):
@@ -79,49 +72,26 @@ class Products(nn.Module):
         return mixture.reshape(batch, heads, queries, -1).transpose(1, 2).contiguous(), weights
 
 
-def attention_products(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    position_bias: Tensor | None = None,
-    **kwargs: object,
-) -> tuple[Tensor, Tensor]:
-    """What the registry calls: the attention of `module`, by its child `products`. Shapes as in
-    `Products.forward`.
-
-    Whoever sets this implementation compares outputs, since other keywords may stand for things it does not
-    compute.
-    """
-    del kwargs
-    products = getattr(module, "products", None) or Products()
-    addends = [addend for addend in (position_bias, attention_mask) if addend is not None]
-    return products(
-        query, key, value, addends, query.shape[-1] ** -0.5 if scaling is None else scaling, dropout
-    )
-
-
-def use_products(module: nn.Module) -> None:
-    """Make every attention of `module` that goes through transformers' registry call `attention_products`."""
-    AttentionInterface.register(IMPLEMENTATION, attention_products)
-    AttentionMaskInterface.register(IMPLEMENTATION, eager_mask)
-    for model in _models(module):
-        model.set_attn_implementation(IMPLEMENTATION)
-
-
 def routed_attentions(module: nn.Module, example: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """The paths of the modules whose attention can be sent through `attention_products`.
+    """The paths of the modules whose attention can be computed by `Products`.
 
     Empty where the outputs for `example` would not stay the same: then an attention computes more than these
     products.
     """
     names = {layer: path for path, layer in module.named_modules()}
     expected = _outputs(module, example)
-    with _routed(module), _recorded() as callers:
-        found = _outputs(module, example)
+    callers: dict[nn.Module, None] = {}
+
+    def compute_by_products(caller: nn.Module, _: Tensor) -> None:
+        callers[caller] = None
+        caller.products = Products()
+
+    try:
+        with routed(module, compute_by_products):
+            found = _outputs(module, example)
+    finally:
+        for caller in callers:
+            del caller.products
     return tuple(names[caller] for caller in callers) if _agree(found, expected) else ()
 
 
@@ -132,43 +102,11 @@ def watched_products(module: nn.Module, paths: Sequence[str]) -> Iterator[None]:
     for caller in callers:
         caller.products = Products()
     try:
-        with _routed(module) if callers else nullcontext():
+        with routed(module) if callers else nullcontext():
             yield
     finally:
         for caller in callers:
             del caller.products
-
-
-@contextmanager
-def _routed(module: nn.Module) -> Iterator[None]:
-    """`use_products` inside the block, and what was set before after it."""
-    before = {model: model.config._attn_implementation for model in _models(module)}
-    use_products(module)
-    try:
-        yield
-    finally:
-        for model, implementation in before.items():
-            model.set_attn_implementation(implementation)
-
-
-def _models(module: nn.Module) -> list[PreTrainedModel]:
-    return [model for model in module.modules() if isinstance(model, PreTrainedModel)]
-
-
-@contextmanager
-def _recorded() -> Iterator[dict[nn.Module, None]]:
-    """The modules that call the registry's function inside the block, in the order of their first call."""
-    callers: dict[nn.Module, None] = {}
-
-    def record(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        callers[module] = None
-        return attention_products(module, *args, **kwargs)
-
-    ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION] = record  # hides the registered function until it is deleted
-    try:
-        yield callers
-    finally:
-        del ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION]
 
 
 def _outputs(module: nn.Module, example: Mapping[str, Tensor]) -> list[Tensor]:

@@ -76,6 +76,21 @@ def decompose(weight: Tensor, inputs: Tensor | None = None, outputs: Tensor | No
     return Spectrum(left, values, right)
 
 
+def refitted(weight: Tensor, expand: Tensor, reduce: Tensor, moment: Tensor) -> Tensor:
+    """The factor (out, rank) that goes best with `reduce` (rank, in): its product has the least squared error
+    against `weight` (out, in) over inputs with the second moment `moment` (in, in), which may be summed over them.
+
+    SVD-LLM's update. The ridge pulls to `expand` (out, rank), not to zero: the error is never above that of `expand`,
+    which also stays where the inputs say nothing. Float64.
+    """
+    weight, expand, reduce, moment = (one.detach().double() for one in (weight, expand, reduce, moment))
+    features = reduce @ moment @ reduce.T
+    if not features.any():
+        return expand
+    missing = (weight - expand @ reduce) @ moment @ reduce.T
+    return expand + torch.cholesky_solve(missing.T, root(features)).T
+
+
 @dataclass(frozen=True)
 class Offer:
     """What a weight of `shape` (out, in) loses at each rank, `errors` (k + 1,), and costs: `dense` as it is."""

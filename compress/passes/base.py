@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -29,6 +29,7 @@ Batches = Iterable[Mapping[str, "torch.Tensor"]]
 class Context:
     """What a pass may use besides the model. Batches are None where the recipe names no data for them.
 
+    `heldout` is what the result is judged on: no pass reads it.
     `teacher` is the model that training is measured against: the one that the run began with, unless given.
     `scratch` is a folder for what an interrupted pass goes on from; it need not exist yet, and the runner removes it
     when the pass is done.
@@ -38,7 +39,7 @@ class Context:
     seed: int = 0
     calibration: Batches | None = None
     training: Batches | None = None
-    evaluation: Batches | None = None
+    heldout: Batches | None = None
     targets: tuple[str, ...] = ()
     observer: Observer = SILENT
     teacher: Model | None = None
@@ -79,6 +80,14 @@ class Pass(BaseModel, ABC):
     def check(self, model: Model) -> None:
         """Raise `Unsuitable` if this pass cannot serve `model`; rules about the order of passes read its history."""
 
+    def owes(self, before: Sequence[Pass]) -> str:
+        """What this pass gives after the passes `before` that a later pass must train: a noun, in the plural, or "".
+
+        A pass that owes has a setting `unhealed`, with which it owes nothing.
+        """
+        del before
+        return ""
+
     @abstractmethod
     def apply(self, model: Model, context: Context) -> Result:
         """Run the pass. Owns `model.module` and may edit it in place; the runner has made the copy."""
@@ -86,3 +95,24 @@ class Pass(BaseModel, ABC):
     @abstractmethod
     def restore(self, module: nn.Module, record: dict[str, Any]) -> nn.Module:
         """Give `module`, freshly built and not yet loaded, the structure that `apply` gave it. Needs no data."""
+
+
+@dataclass(frozen=True)
+class Debt:
+    """What the pass number `place` of a list owes, with none after it that trains; in the words of an error."""
+
+    place: int
+    fact: str
+    remedy: str
+
+
+def unpaid(passes: Sequence[Pass], before: Sequence[Pass] = ()) -> Debt | None:
+    """The first debt in a list of passes, run on a model that the passes `before` made; None if all are paid."""
+    for place, one in enumerate(passes):
+        trained = any(later.needs == "training" for later in passes[place + 1 :])
+        owed = "" if trained else one.owes((*before, *passes[:place]))
+        if owed:
+            fact = f"The pass `{one.use}` gives {owed}, and no pass that trains comes after it."
+            remedy = "Put one after it, such as `distill`, or set `unhealed: true` to take them as they are."
+            return Debt(place, fact, remedy)
+    return None

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from compress.calls import Slot, given, placed, states, with_states
 from compress.configs import using_cache
 from compress.errors import Unsuitable
 from compress.graph.structure import Stack
-from compress.passes.calibration import run_batch
+from compress.passes.calibration import Enough, run_batch
 from compress.scope import Scope
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from compress.model import Model
-
-Slot = int | str
-"""Where a block takes its hidden states: the number of a positional argument, or the name of a keyword."""
 
 
 @dataclass(frozen=True)
@@ -34,20 +32,16 @@ class Call:
     @property
     def hidden(self) -> Tensor:
         """The hidden states that the block was given, (batch, ...)."""
-        return self.args[self.slot] if isinstance(self.slot, int) else self.kwargs[self.slot]
+        return given(self.slot, self.args, self.kwargs)
 
     def bare(self) -> Call:
         """The same without the hidden states, to be kept for later."""
-        if isinstance(self.slot, int):
-            return Call((*self.args[: self.slot], None, *self.args[self.slot + 1 :]), self.kwargs, self.slot)
-        return Call(self.args, {**self.kwargs, self.slot: None}, self.slot)
+        return Call(*placed(self.slot, self.args, self.kwargs, None), self.slot)
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """What `block` makes of `hidden` with the other arguments of this call."""
-        if isinstance(self.slot, int):
-            args = (*self.args[: self.slot], hidden, *self.args[self.slot + 1 :])
-            return states(block(*args, **self.kwargs))
-        return states(block(*self.args, **{**self.kwargs, self.slot: hidden}))
+        args, kwargs = placed(self.slot, self.args, self.kwargs, hidden)
+        return states(block(*args, **kwargs))
 
 
 @dataclass(frozen=True)
@@ -63,9 +57,15 @@ class Run:
         return (*(call.hidden for call in self.calls), self.last)
 
 
-def chosen_stack(model: Model, scope: Scope, what: str) -> Stack:
-    """The stack whose blocks are in `scope`. Raises `Unsuitable` if there is none, or more than one."""
-    stacks = [stack for stack in model.graph.stacks if any(block in scope for block in stack.blocks)]
+def chosen_stack(
+    model: Model, scope: Scope, what: str, suits: Callable[[Stack], bool] = lambda _: True
+) -> Stack:
+    """The stack whose blocks are in `scope`, and which `suits`. Raises `Unsuitable` if there is none, or several."""
+    stacks = [
+        stack
+        for stack in model.graph.stacks
+        if suits(stack) and any(block in scope for block in stack.blocks)
+    ]
     # A stack inside a block of another one (a run of equal convolutions) goes with its block.
     outer = [
         stack
@@ -74,7 +74,7 @@ def chosen_stack(model: Model, scope: Scope, what: str) -> Stack:
     ]
     if not outer:
         raise Unsuitable(
-            f"{what} found no stack of repeated blocks in scope.",
+            f"{what} found no stack of repeated blocks in scope that it could work on.",
             "`modelpress inspect MODEL` shows the stacks; widen the scope.",
         )
     if len(outer) > 1:
@@ -94,27 +94,27 @@ def run_stack(module: nn.Module, blocks: Sequence[str], batch: Mapping[str, Tens
     """
     import torch
 
-    given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     made: list[Tensor] = []
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given.append((args, dict(kwargs)))
+        calls.append((args, dict(kwargs)))
 
     def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         made.append(states(output))
         if len(made) == len(blocks):
-            raise _Enough
+            raise Enough
 
     with ExitStack() as hooks:
         for layer in map(module.get_submodule, blocks):
             hooks.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
             hooks.callback(layer.register_forward_hook(after).remove)
         hooks.enter_context(using_cache(module, False))
-        with torch.no_grad(), suppress(_Enough):
+        with torch.no_grad(), suppress(Enough):
             run_batch(module, _without_cache(module, batch), number)
     slots = {
         _slot(*call, hidden, path)
-        for hidden, call, path in zip(made[:-1], given[1:], blocks[1:], strict=True)
+        for hidden, call, path in zip(made[:-1], calls[1:], blocks[1:], strict=True)
     }
     if len(slots) != 1:
         raise Unsuitable(
@@ -122,16 +122,7 @@ def run_stack(module: nn.Module, blocks: Sequence[str], batch: Mapping[str, Tens
             "Blocks that are called in different ways cannot be run one by one: leave the pass out.",
         )
     slot = slots.pop()
-    return Run(tuple(Call(args, kwargs, slot) for args, kwargs in given), made[-1])
-
-
-class _Enough(Exception):
-    """Ends a run of a model whose rest is not wanted."""
-
-
-def states(output: Any) -> Tensor:
-    """The hidden states in what a block returns: the tensor itself, or the first of several values."""
-    return output[0] if isinstance(output, tuple | list) else output
+    return Run(tuple(Call(args, kwargs, slot) for args, kwargs in calls), made[-1])
 
 
 def _without_cache(module: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -154,8 +145,7 @@ def passed_over(block: nn.Module, call: Call) -> Iterator[None]:
     """Let `block` return its hidden states unchanged inside the block, in the form of its own output."""
 
     def skip(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        hidden = args[call.slot] if isinstance(call.slot, int) else kwargs[call.slot]
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        return with_states(output, given(call.slot, args, kwargs))
 
     handle = block.register_forward_hook(skip, with_kwargs=True)
     try:

@@ -8,7 +8,7 @@ that the mask keeps are shown.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,14 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+class Enough(Exception):
+    """Ends a run of a model whose rest is not wanted."""
+
+
 @dataclass(frozen=True)
 class Watch:
-    """A watched module: `see(index, values)` is called with each positional tensor that it is given.
+    """A watched module: `see(index, values)` is called with each positional tensor that it is given. It may raise
+    `Enough`, and the batch goes no further.
 
     `sequence` is the dimension of its inputs that runs over the sequence, if any does. With padding left out,
     values come as (positions, ...); otherwise in their own shape.
@@ -45,7 +50,8 @@ def watch(module: nn.Module, context: Context, watches: Mapping[str, Watch], wha
             with ExitStack() as hooks:
                 for path, one in watches.items():
                     hooks.enter_context(_hooked(module.get_submodule(path), path, one, batch, number))
-                run_batch(module, batch, number)
+                with suppress(Enough):
+                    run_batch(module, batch, number)
 
 
 def numbered(context: Context, what: str) -> Iterator[tuple[int, dict[str, Tensor]]]:

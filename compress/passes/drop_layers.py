@@ -131,7 +131,8 @@ class DropLayers(Pass):
 def require_depth_first(model: Model, use: str) -> None:
     """Raise `Unsuitable` if an earlier pass has noted modules by their place in the stack."""
     for step in model.history:
-        if step.record and "removed" not in step.record:
+        # A record of a changed depth says how many blocks there were.
+        if step.record and "count" not in step.record:
             raise Unsuitable(
                 f"`{use}` comes after `{step.name}`, whose changes are kept by block number.",
                 f"Put `{use}` before `{step.name}` in the recipe.",

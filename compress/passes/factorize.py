@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from compress.passes.moments import Moments
 
 
+DENSE = "stays dense: factors that save anything would lose more here"
+
+
 class Factorize(Pass):
     """Replace linear maps by the product of two thin ones."""
 
@@ -49,6 +52,8 @@ class Factorize(Pass):
     """The exponent of the channels' mean magnitude in `asvd`."""
     head: bool = False
     """Also factorize the output head."""
+    update: bool = False
+    """Refit the output factor of each linear map to the inputs that the compressed part before it gives."""
 
     def check(self, model: Model) -> None:
         from compress.layers.quantized import is_quantized
@@ -60,6 +65,9 @@ class Factorize(Pass):
             )
 
     def apply(self, model: Model, context: Context) -> Result:
+        from compress.layers.linear import matrix
+        from compress.passes.refit import refit
+
         self.check(model)
         weights, skips = self._choose(model)
         moments = self._moments(model, context, weights)
@@ -69,16 +77,17 @@ class Factorize(Pass):
         spectra = self._spectra(model, context, weights, moments)
         offers = [self._offer(model, weight, one) for weight, one in zip(weights, spectra, strict=True)]
         ranks = self._allocated(offers)
-        changes = []
+        changes, factored = [], []
         for weight, spectrum, offer, rank in zip(weights, spectra, offers, ranks, strict=True):
             if rank is None:
-                skips.append(
-                    Skip(weight.path, "stays dense: factors that save anything would lose more here")
-                )
+                skips.append(Skip(weight.path, DENSE))
                 continue
             layer = model.module.get_submodule(weight.path)
             changes.append(_change(weight.path, layer, offer, rank))
+            factored += [(weight, matrix(layer))] if self.update else []
             _replace(model.module, layer, *spectrum.factors(rank))
+        if self.update:
+            refit(model.module, context, factored, "factorize: update")
         chosen = {one.path: rank for one, rank in zip(weights, ranks, strict=True) if rank is not None}
         return Result(model.module, tuple(changes), tuple(skips), {"ranks": chosen})
 

@@ -84,7 +84,8 @@ class Quantize(Pass):
         return Result(self.restore(model.module, record), tuple(changes), tuple(skips), record)
 
     def restore(self, module: nn.Module, record: dict[str, Any]) -> nn.Module:
-        from compress.layers.products import Products, use_products
+        from compress.layers.attention import use_attention
+        from compress.layers.products import Products
         from compress.layers.quantized import Activation, quantized, swap
         from compress.numerics.ranges import Range
 
@@ -95,7 +96,7 @@ class Quantize(Pass):
             caller.products = Products()
             caller.products.quantize(*(Range(*range) for range in ranges))
         if record["attentions"]:
-            use_products(module)
+            use_attention(module)
         return module
 
     def _choose(self, model: Model) -> tuple[list[Weight], list[Skip]]:

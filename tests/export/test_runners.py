@@ -49,7 +49,8 @@ def test_one_graph_serves_every_step(written: Artifact):
     assert written.parity.relative < 1e-5
     shapes = {spec.name: spec.shape for spec in written.inputs}
     assert shapes["input_ids"] == ("batch", "sequence")
-    assert shapes["input.past_key_values.layers.0.keys"] == ("batch", 2, "past", 10)
+    keys = next(name for name in shapes if name.startswith("input.") and name.endswith("layers.0.keys"))
+    assert shapes[keys] == ("batch", 2, "past", 10)
     assert sum(file.name.endswith(".data") for file in written.files) == 1
 
 

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.numerics.low_rank import Offer, Spectrum, allocate, decompose, root, uniform_ranks
+from compress.numerics.low_rank import (
+    Offer,
+    Spectrum,
+    allocate,
+    decompose,
+    refitted,
+    root,
+    uniform_ranks,
+)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -86,6 +94,43 @@ def test_a_singular_moment_has_a_root():
     once = normal(1, 20)
     found = root(once.T @ once)
     torch.testing.assert_close(found @ found.T, once.T @ once, rtol=0, atol=1e-5)
+
+
+# The update.
+
+
+def lost(expand: Tensor, reduce: Tensor) -> float:
+    return float((X @ (WEIGHT - expand @ reduce).T).square().sum())
+
+
+def test_a_refit_is_least_squares():
+    expand, reduce = decompose(WEIGHT).factors(5)
+    expected = torch.linalg.lstsq(X @ reduce.T, X @ WEIGHT.T).solution.T
+    # The ridge is the difference.
+    torch.testing.assert_close(refitted(WEIGHT, expand, reduce, X.T @ X), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("rank", [1, 5, 11])
+def test_a_refit_never_loses_more(rank):
+    for metric in ((None, None), (X.abs().mean(0).diag(), None), (None, root(G.T @ G))):
+        expand, reduce = decompose(WEIGHT, *metric).factors(rank)
+        assert lost(refitted(WEIGHT, expand, reduce, X.T @ X), reduce) < lost(expand, reduce)
+    expand, reduce = decompose(WEIGHT, root(X.T @ X)).factors(rank)
+    assert lost(refitted(WEIGHT, expand, reduce, X.T @ X), reduce) <= lost(expand, reduce) * (1 + 1e-9)
+
+
+def test_a_refit_of_full_rank_is_the_weight():
+    expand, reduce = decompose(WEIGHT, root(X.T @ X)).factors(12)
+    torch.testing.assert_close(refitted(WEIGHT, expand, reduce, X.T @ X) @ reduce, WEIGHT, rtol=0, atol=1e-7)
+
+
+def test_a_refit_leaves_what_the_inputs_do_not_show():
+    expand, reduce = decompose(WEIGHT).factors(5)
+    assert torch.equal(refitted(WEIGHT, expand, reduce, torch.zeros(20, 20)), expand)
+    once = X[:1]  # one direction of five
+    found = refitted(WEIGHT, expand, reduce, once.T @ once)
+    torch.testing.assert_close(once @ (found @ reduce).T, once @ WEIGHT.T, rtol=1e-3, atol=1e-3)
+    assert int(torch.linalg.matrix_rank(found - expand, rtol=1e-9)) == 1
 
 
 # Ranks.

@@ -1,0 +1,72 @@
+"""Whether the tokens of a stack can be reduced: its attentions are global, and every position is like any other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from compress.errors import Unsuitable
+from compress.graph.structure import Attention, Stack
+
+if TYPE_CHECKING:
+    from compress.model import Model
+
+LEAVE_OUT = "Leave `merge_tokens` out for this model, or choose another stack with `scope`."
+
+
+def require_global_attention(model: Model, stack: Stack) -> tuple[str, ...]:
+    """The paths of the modules in `stack` whose attention is global and goes through transformers' registry.
+
+    Raises `Unsuitable` with the reason if tokens of this stack cannot be reduced.
+    """
+    for block in stack.blocks:
+        inside = [one for one in model.graph.attentions if f"{one.path}.".startswith(f"{block}.")]
+        for one in inside:
+            if why := _reason(one):
+                raise Unsuitable(f"The attention `{one.path}` {why}.", LEAVE_OUT)
+    return _routed_attentions(model, stack)
+
+
+def _reason(attention: Attention) -> str:
+    """Why tokens that meet in this attention cannot be merged, or nothing."""
+    if attention.causal:
+        return "is causal, and what comes later must not be merged into what comes before"
+    if attention.cross:
+        return "reads another sequence, whose places the model counts on"
+    if attention.positions == "rotary":
+        return "rotates queries and keys by their positions, which a merged token has several of"
+    if attention.positions == "relative":
+        return "adds a term for each pair of positions, of which a merged token has several"
+    return ""
+
+
+def _routed_attentions(model: Model, stack: Stack) -> tuple[str, ...]:
+    """The modules of `stack` that call the registry. Raises `Unsuitable` if a block has none, or attends in windows."""
+    from compress.layers.attention import routed
+    from compress.outputs import forward
+    from compress.passes.blocks import run_stack
+
+    names = {part: path for path, part in model.module.named_modules()}
+    shapes: dict[str, tuple[int, int]] = {}
+    with routed(
+        model.module, lambda caller, query: shapes.update({names[caller]: (query.shape[0], query.shape[2])})
+    ):
+        forward(model.module, model.example)
+    batch, count = run_stack(model.module, stack.blocks, model.example, 1).last.shape[:2]
+    found = []
+    for block in stack.blocks:
+        own = [path for path in shapes if f"{path}.".startswith(f"{block}.")]
+        if not own:
+            raise Unsuitable(
+                f"The attention in `{block}` does not go through transformers' registry of attentions, so the sizes "
+                "of merged tokens cannot reach it.",
+                LEAVE_OUT,
+            )
+        for path in own:
+            if shapes[path] != (batch, count):
+                raise Unsuitable(
+                    f"The attention `{path}` runs over {shapes[path][0]} windows of {shapes[path][1]} places, and the "
+                    f"block over {batch} sequences of {count}: places have to stay on their grid.",
+                    LEAVE_OUT,
+                )
+        found += own
+    return tuple(found)
