@@ -18,6 +18,7 @@ from compress.passes.drop_layers import DropLayers
 from compress.passes.expand_depth import ExpandDepth
 from compress.passes.factorize import Factorize
 from compress.passes.fuse_layers import FuseLayers
+from compress.passes.merge_tokens import MergeTokens
 from compress.passes.quantize import Quantize
 from compress.passes.smooth import Smooth
 from compress.pipeline import Outcome, run
@@ -36,6 +37,7 @@ __all__ = [
     "ExpandDepth",
     "Factorize",
     "FuseLayers",
+    "MergeTokens",
     "Model",
     "ModelpressError",
     "Outcome",

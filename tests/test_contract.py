@@ -18,6 +18,7 @@ CASES = {
     "expand_depth": ["bert", "gpt2", "llama", "vit"],
     "fuse_layers": ["bert", "gpt2", "llama", "vit"],
     "factorize": ["bert", "gpt2", "llama", "vit", "t5"],
+    "merge_tokens": ["bert", "vit"],
     "smooth": ["llama", "gpt2", "vit", "qwen3"],
     "quantize": ["bert", "gpt2", "llama", "vit", "resnet", "t5", "whisper"],
 }
@@ -26,6 +27,7 @@ SETTINGS = {
     "distill": {"steps": 8, "learning_rate": 1e-4},
     "drop_layers": {"remove": 1},
     "expand_depth": {"depth": 4, "unhealed": True},
+    "merge_tokens": {"remove": 3},
     "fuse_layers": {"remove": 1, "steps": 4, "learning_rate": 1e-3},
 }
 """Where there are no defaults, or they would take long."""

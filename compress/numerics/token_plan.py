@@ -54,7 +54,7 @@ class TokenPlan:
 
     def owners(self) -> tuple[Tensor, Tensor]:
         """For each token the output that has most of it, (batch, N), and whether any has some."""
-        outputs = torch.arange(self.kept.shape[1], device=self.kept.device).expand(len(self.kept), -1)
+        outputs = torch.arange(self.kept.shape[1], device=self.kept.device).expand(self.kept.shape[0], -1)
         place = torch.cat([self.kept, self.moved], 1).argsort(1)
         owner = torch.cat([outputs, self.shares.argmax(1)], 1).gather(1, place)
         alive = torch.cat([outputs >= 0, self.shares.sum(1) > 0.5], 1).gather(1, place)

@@ -110,7 +110,7 @@ class MergeTokens(Pass):
         from compress.layers.tokens import Layout, install
 
         if record:
-            values = {
+            values: dict[str, Any] = {
                 key: tuple(value) if isinstance(value, list) else value for key, value in record.items()
             }
             install(module, Layout(**values), self._how())
