@@ -144,7 +144,9 @@ class MergeTokens(Pass):
         return scheduled(costs, self.keep, places, protected, self.multiple, halves)
 
     def _given(self, left: tuple[int, ...], count: int, blocks: int, protected: int) -> tuple[int, ...]:
-        least = [protected if self.method == "prune" else least_left(before, protected) for before in left]
+        least = [
+            protected + 1 if self.method == "prune" else least_left(before, protected) for before in left
+        ]
         fits = (
             len(left) == blocks
             and left[0] == count

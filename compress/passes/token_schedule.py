@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
 
 from compress.errors import Unsuitable
-from compress.graph.structure import Graph
+
+if TYPE_CHECKING:
+    from compress.graph.structure import Graph
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def test_watching_leaves_no_trace(tmp_path):
     example = build("bert").example
     expected = _outputs(module, example)
     with watched_products(module, ["encoder.layer.0.attention.self"]):
-        assert module.config._attn_implementation == "modelpress_int8"
+        assert module.config._attn_implementation == "modelpress"
         module.save_pretrained(tmp_path)
         for found, wanted in zip(_outputs(module, example), expected, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
