@@ -97,12 +97,17 @@ def _check_declines(settings: Pass, unsuitable: Model, context: Context) -> None
         raise AssertionError(f"{settings.use} did not decline")
 
 
-def _state(model: Model) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.module.state_dict().items()}
+State = tuple[dict[str, "torch.Tensor"], dict[str, str]]
+"""The tensors of a module, and the classes of the modules inside it, by name: a pass may change either."""
 
 
-def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and _equal(one, other)
+def _state(model: Model) -> State:
+    tensors = {name: tensor.detach().clone() for name, tensor in model.module.state_dict().items()}
+    return tensors, {path: type(part).__qualname__ for path, part in model.module.named_modules()}
+
+
+def _same(one: State, other: State) -> bool:
+    return one[1] == other[1] and one[0].keys() == other[0].keys() and _equal(one[0], other[0])
 
 
 def _equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

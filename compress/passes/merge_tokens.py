@@ -104,7 +104,7 @@ class MergeTokens(Pass):
         changes = _changes(layout, costs)
         if changes:
             install(model.module, layout, self._how())
-        return Result(model.module, changes, _skips(layout), asdict(layout) if changes else {})
+        return Result(model.module, changes, _skips(layout), _record(layout) if changes else {})
 
     def restore(self, module: nn.Module, record: dict[str, Any]) -> nn.Module:
         from compress.layers.tokens import Layout, install
@@ -177,6 +177,11 @@ def _changes(layout: Layout, costs: Costs) -> tuple[Change, ...]:
         if after < before
     ]
     return (*changes[:-1], replace(changes[-1], after=f"{changes[-1].after}; {share}")) if changes else ()
+
+
+def _record(layout: Layout) -> dict[str, Any]:
+    """`layout` in JSON values."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(layout).items()}
 
 
 def _skips(layout: Layout) -> tuple[Skip, ...]:

@@ -66,7 +66,7 @@ def test_special_tokens_are_found_and_the_share_is_kept(kind, config, protected)
 
 def test_positions_are_given_back_where_they_are_read():
     assert not any(reduced(classifier()).steps[-1].record["restored"])
-    assert reduced(features()).steps[-1].record["restored"] == (False, False, False, True)
+    assert reduced(features()).steps[-1].record["restored"] == [False, False, False, True]
 
 
 def test_hidden_states_that_transformers_records_within_a_block_are_refused():
@@ -193,8 +193,8 @@ def test_schedules_that_do_not_fit_are_declined():
 
 
 def test_remove_takes_the_same_number_before_each_block():
-    assert reduced(classifier(), keep=None, remove=9).steps[-1].record["left"] == (65, 56, 47, 38)
-    assert reduced(classifier(), keep=None, remove=40).steps[-1].record["left"] == (65, 33, 17, 9)
+    assert reduced(classifier(), keep=None, remove=9).steps[-1].record["left"] == [65, 56, 47, 38]
+    assert reduced(classifier(), keep=None, remove=40).steps[-1].record["left"] == [65, 33, 17, 9]
 
 
 def test_counts_are_multiples():
