@@ -26,7 +26,7 @@ MASKED = -1e4
 
 @dataclass(frozen=True)
 class Layout:
-    """What a stack's reducers are built from; JSON values but for the tuple of blocks.
+    """What a stack's reducers are built from; a step's record holds it in JSON values.
 
     left        how many tokens each block runs on, the first among `count`
     protected   so many of the first tokens are never merged

@@ -110,13 +110,13 @@ def _filled(
     left: tuple[int, ...], costs: Costs, keep: float, places: Sequence[int], multiple: int
 ) -> tuple[int, ...]:
     """Rounding left some of the budget: spend it on the last steps first, which cost least."""
+
+    def with_more(place: int) -> tuple[int, ...]:
+        return tuple(tokens + multiple if number >= place else tokens for number, tokens in enumerate(left))
+
     for place in sorted(places, reverse=True):
-        more = tuple(tokens + multiple if number >= place else tokens for number, tokens in enumerate(left))
-        while more[place] <= left[place - 1] and costs.share(more) <= keep:
+        while (more := with_more(place))[place] <= left[place - 1] and costs.share(more) <= keep:
             left = more
-            more = tuple(
-                tokens + multiple if number >= place else tokens for number, tokens in enumerate(left)
-            )
     return left
 
 
