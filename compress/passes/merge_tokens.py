@@ -86,15 +86,16 @@ class MergeTokens(Pass):
     def apply(self, model: Model, context: Context) -> Result:
         from compress.layers.tokens import Layout, install
         from compress.passes.blocks import chosen_stack, run_stack
-        from compress.passes.token_fit import require_global_attention
+        from compress.passes.token_fit import require_mergeable, routed_attentions
         from compress.passes.token_schedule import costs_of
         from compress.passes.token_views import find_views
 
         del context
         self.check(model)
         stack = chosen_stack(model, self.scope, "`merge_tokens`", _attends(model))
-        attentions = require_global_attention(model, stack)
+        require_mergeable(model, stack)
         run = run_stack(model.module, stack.blocks, model.example, 1)
+        attentions = routed_attentions(model, stack, *run.last.shape[:2])
         views = find_views(model.module, stack.blocks, model.example, run)
         costs = costs_of(model.graph, stack.blocks, run.last.shape, self._compared(model, run.last.shape[2]))
         left = self._schedule(costs, views.protected)

@@ -13,17 +13,13 @@ if TYPE_CHECKING:
 LEAVE_OUT = "Leave `merge_tokens` out for this model, or choose another stack with `scope`."
 
 
-def require_global_attention(model: Model, stack: Stack) -> tuple[str, ...]:
-    """The paths of the modules in `stack` whose attention is global and goes through transformers' registry.
-
-    Raises `Unsuitable` with the reason if tokens of this stack cannot be reduced.
-    """
+def require_mergeable(model: Model, stack: Stack) -> None:
+    """Raise `Unsuitable` with the reason if an attention of `stack` counts on places that a merged token lacks."""
     for block in stack.blocks:
         inside = [one for one in model.graph.attentions if f"{one.path}.".startswith(f"{block}.")]
         for one in inside:
             if why := _reason(one):
                 raise Unsuitable(f"The attention `{one.path}` {why}.", LEAVE_OUT)
-    return _routed_attentions(model, stack)
 
 
 def _reason(attention: Attention) -> str:
@@ -39,11 +35,13 @@ def _reason(attention: Attention) -> str:
     return ""
 
 
-def _routed_attentions(model: Model, stack: Stack) -> tuple[str, ...]:
-    """The modules of `stack` that call the registry. Raises `Unsuitable` if a block has none, or attends in windows."""
+def routed_attentions(model: Model, stack: Stack, batch: int, count: int) -> tuple[str, ...]:
+    """The modules of `stack`, which runs on `batch` sequences of `count` tokens, that call transformers' registry.
+
+    Raises `Unsuitable` if a block has none, or attends in windows.
+    """
     from compress.layers.attention import routed
     from compress.outputs import forward
-    from compress.passes.blocks import run_stack
 
     names = {part: path for path, part in model.module.named_modules()}
     shapes: dict[str, tuple[int, int]] = {}
@@ -51,7 +49,6 @@ def _routed_attentions(model: Model, stack: Stack) -> tuple[str, ...]:
         model.module, lambda caller, query: shapes.update({names[caller]: (query.shape[0], query.shape[2])})
     ):
         forward(model.module, model.example)
-    batch, count = run_stack(model.module, stack.blocks, model.example, 1).last.shape[:2]
     found = []
     for block in stack.blocks:
         own = [path for path in shapes if f"{path}.".startswith(f"{block}.")]
