@@ -39,7 +39,7 @@ def attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     flow = getattr(module, "token_flow", None)
     if flow is not None:
-        attention_mask = flow.attend(query, key, attention_mask, scaling)
+        attention_mask = flow.attend(query, key, value, _added(attention_mask, kwargs), scaling)
     products = getattr(module, "products", None)
     if products is not None:
         addends = [one for one in (kwargs.get("position_bias"), attention_mask) if one is not None]
@@ -47,6 +47,12 @@ def attention(
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
     )
+
+
+def _added(mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
+    """The additive `mask` with the position bias among `kwargs`, which is taken out of them."""
+    bias = kwargs.pop("position_bias", None)
+    return mask if bias is None else bias if mask is None else bias + mask
 
 
 def use_attention(module: nn.Module) -> None:

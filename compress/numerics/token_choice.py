@@ -2,86 +2,118 @@
 
 `transform` is ours, after Token Transforming (arXiv 2506.05709), whose paper has no code: the tokens that go are those
 whose merging moves the states least. `tome` is written from Token Merging (Bolya et al. 2023, arXiv 2210.09461),
-`prune` from EViT (Liang et al. 2022, arXiv 2202.07800). The first `protected` tokens (class, distillation,
-registers) stay, in their places, and nothing is merged into them.
+`prune` from EViT (Liang et al. 2022, arXiv 2202.07800), `sample` from Adaptive Token Sampling (Fayyaz et al. 2022,
+arXiv 2111.15667). The first `protected` tokens (class, distillation, registers) stay, in their places, and nothing is
+merged into them. Sizes are None where every token stands for one.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import layer_norm, normalize, pad
 
-from compress.numerics.token_plan import TokenPlan, hard_plan
+from compress.numerics.token_plan import FLOOR, TokenPlan, precedes, ranks
 
-FAR = 1e30
-"""The cost of a merge that must not be."""
+FAR = 1e4
+"""What a merge costs that must not be; float16 holds it."""
 
 
-def transform_plan(hidden: Tensor, size: Tensor, left: int, protected: int) -> TokenPlan:
+def transform_plan(hidden: Tensor, size: Tensor | None, left: int, protected: int) -> TokenPlan:
     """Merge the pairs that cost least by Ward's criterion until `left` stay: s t / (s + t) |x - y|^2 for sizes s and t.
 
-    `hidden` (batch, tokens, channels), compared after normalization to unit variance, `size` (batch, tokens). The
-    cost is how much the squared error grows of letting one state stand for all tokens of both. Tokens of size zero
-    cost nothing to merge.
+    `hidden` (batch, tokens, channels), compared after normalization to mean zero and norm one, `size` (batch, tokens).
+    The cost is how much the squared error grows of letting one state stand for all tokens of both. Tokens of size
+    zero cost nothing to merge, and take nothing in.
     """
-    states = torch.nn.functional.layer_norm(hidden, hidden.shape[-1:])
+    channels = hidden.shape[-1]
+    states = layer_norm(hidden, (channels,), hidden.new_full((channels,), channels**-0.5))
     first, second = _halves(states, protected)
-    sizes = [one.float()[..., 0] for one in _halves(size[..., None], protected)]
-    products = (first @ second.transpose(1, 2)).float()
-    squares = [one.float().square().sum(-1) for one in (first, second)]
-    distances = (squares[0][:, :, None] + squares[1][:, None, :] - 2 * products).clamp(min=0)
-    weights = sizes[0][:, :, None] * sizes[1][:, None, :]
-    weights = weights / (sizes[0][:, :, None] + sizes[1][:, None, :]).clamp(min=1e-6)
-    # Padding is never a destination: it costs nothing to merge, but only into a token.
-    empty = (sizes[1] <= 0).float()[:, None, :] * FAR
-    return bipartite_plan(weights * distances + empty, left, protected, hidden.dtype)
+    costs = 1 - first @ second.transpose(1, 2)
+    if size is not None:
+        ones, others = (one[..., 0] for one in _halves(size[..., None], protected))
+        costs = costs / (_inverse(ones)[:, :, None] + _inverse(others)[:, None, :])
+        costs = costs + (others <= 0).to(costs.dtype)[:, None, :] * FAR
+    return bipartite_plan(costs, left, protected)
 
 
-def tome_plan(keys: Tensor, size: Tensor, left: int, protected: int) -> TokenPlan:
+def tome_plan(keys: Tensor, size: Tensor | None, left: int, protected: int) -> TokenPlan:
     """Merge the pairs whose keys, `keys` (batch, heads, tokens, channels) in the mean over heads, are most alike."""
-    metric = torch.nn.functional.normalize(keys.float().mean(1), dim=-1)
-    first, second = _halves(metric, protected)
-    sizes = [one[..., 0] for one in _halves(size[..., None], protected)]
-    empty = (sizes[1] <= 0).float()[:, None, :] * FAR
-    # Padding goes first: it says nothing.
-    padding = (sizes[0] <= 0).float()[:, :, None] * 4.0
-    return bipartite_plan(-first @ second.transpose(1, 2) - padding + empty, left, protected, keys.dtype)
+    first, second = _halves(normalize(keys.float().mean(1), dim=-1), protected)
+    costs = -first @ second.transpose(1, 2)
+    if size is not None:
+        ones, others = (one.float()[..., 0] for one in _halves(size[..., None], protected))
+        # Padding goes first, as it says nothing, and takes nothing in.
+        costs = costs - 4 * (ones <= 0).float()[:, :, None] + FAR * (others <= 0).float()[:, None, :]
+    return bipartite_plan(costs, left, protected)
 
 
-def prune_plan(scores: Tensor, left: int, protected: int, fuse: bool, dtype: torch.dtype) -> TokenPlan:
-    """Keep the tokens that the class token looks at most; with `fuse`, one more is the mean of the others.
+def prune_plan(scores: Tensor, left: int, protected: int, fuse: bool) -> TokenPlan:
+    """Keep the tokens with the highest `scores` (batch, tokens); with `fuse`, one more is the mean of the others.
 
-    `scores` (batch, tokens), at least zero. The fused token is the last, and counts among the `left`.
+    The fused token is the last, and counts among the `left`.
     """
-    batch, count = scores.shape
-    free = left - protected - fuse
-    order = scores[:, protected:].topk(count - protected, dim=1).indices + protected
-    fixed = torch.arange(protected, device=scores.device).expand(batch, -1)
-    kept, moved = torch.cat([fixed, order[:, :free]], 1), order[:, free:]
-    shares = torch.zeros(batch, left, moved.shape[1], dtype=dtype, device=scores.device)
-    if fuse:
-        shares = shares + (torch.arange(left, device=scores.device)[:, None] == left - 1).to(dtype)
-    return TokenPlan(kept, moved, shares)
+    kept = left - fuse
+    order = ranks(-scores[:, protected:]) + protected
+    place = torch.cat([_first(scores, protected), order.clamp(max=kept)], 1)
+    return TokenPlan(place, place < kept, left, kept)
 
 
-def bipartite_plan(costs: Tensor, left: int, protected: int, dtype: torch.dtype) -> TokenPlan:
+def sample_plan(scores: Tensor, left: int, protected: int, samples: int) -> tuple[TokenPlan, Tensor]:
+    """Draw `samples` quantiles of the distribution of `scores` (batch, tokens); what no quantile falls on goes.
+
+    Also gives which tokens were drawn, (batch, tokens). Of those at most `left` stay in the plan, the highest scores
+    first; if fewer were drawn, others fill their places, and must be given size zero. With the tokens in ascending
+    order of their scores, c the sum of the shares up to a token and b up to the one before it, the quantiles
+    (2 k - 1) / (2 `samples`) that fall on it are as many as floor(c samples + 1/2) - floor(b samples + 1/2).
+    """
+    free = scores[:, protected:].float()
+    shares = free / free.sum(1, keepdim=True).clamp(min=FLOOR)
+    before = (precedes(shares).to(shares.dtype) @ shares[..., None])[..., 0]
+    counts = ((before + shares) * samples + 0.5).floor() - (before * samples + 0.5).floor()
+    drawn = counts > 0
+    order = ranks(-(shares + 2 * drawn.to(shares.dtype))) + protected
+    special = _first(scores, protected)
+    place = torch.cat([special, order.clamp(max=left)], 1)
+    return TokenPlan(place, place < left, left, left), torch.cat([special >= 0, drawn], 1)
+
+
+def bipartite_plan(costs: Tensor, left: int, protected: int) -> TokenPlan:
     """Merge the cheapest of the first half of the tokens into their nearest of the second half.
 
     `costs` (batch, first, second): halves are the tokens at even and at odd places behind the protected. No more than
-    the first half can go. Outputs: protected, those left of the first half (dearest last), the second half.
+    the first half can go. Outputs: protected, those left of the first half (cheapest first), the second half.
     """
     batch, evens, odds = costs.shape
-    goes = evens + odds + protected - left
+    count = evens + odds + protected
+    goes = count - left
     cost, nearest = costs.min(-1)
-    order = cost.topk(evens, dim=1, largest=False).indices
-    device = costs.device
-    fixed = torch.arange(protected, device=device).expand(batch, -1)
-    others = (protected + 1 + 2 * torch.arange(odds, device=device)).expand(batch, -1)
-    kept = torch.cat([fixed, protected + 2 * order[:, goes:], others], 1)
-    destination = protected + evens - goes + nearest.gather(1, order[:, :goes])
-    return hard_plan(kept, protected + 2 * order[:, :goes], destination, dtype)
+    order = ranks(cost)
+    second = protected + evens - goes
+    moves = order < goes
+    even = torch.where(moves, second + nearest, protected + order - goes)
+    odd = (second + torch.arange(odds, device=costs.device)).expand(batch, -1)
+    place = torch.cat([_first(costs[:, 0], protected), _interleaved(even, odd)], 1)
+    stays = torch.cat([_first(costs[:, 0], protected) >= 0, _interleaved(~moves, odd >= 0)], 1)
+    return TokenPlan(place, stays, left, left)
+
+
+def _inverse(size: Tensor) -> Tensor:
+    return 1 / size.clamp(min=FLOOR)
+
+
+def _first(values: Tensor, count: int) -> Tensor:
+    """The numbers from 0 to `count` - 1 for each row of `values`, (batch, count)."""
+    return torch.arange(count, device=values.device).expand(values.shape[0], -1)
 
 
 def _halves(values: Tensor, protected: int) -> tuple[Tensor, Tensor]:
     """The rows (batch, tokens, channels) at even and odd places behind the protected."""
     return values[:, protected::2], values[:, protected + 1 :: 2]
+
+
+def _interleaved(even: Tensor, odd: Tensor) -> Tensor:
+    """The rows whose values at even and odd places are given, the second of them as long or one shorter."""
+    missing = even.shape[1] - odd.shape[1]
+    both = torch.stack([even, pad(odd, (0, missing))], 2).flatten(1)
+    return both[:, : even.shape[1] + odd.shape[1]]

@@ -1,9 +1,8 @@
 """Fewer tokens as one matrix: Y = W X, with W (tokens left, tokens) non-negative and rows that sum to one.
 
-Pruning, merging and spreading are special forms of W, so one value, `TokenPlan`, serves them all. It is kept in
-factors: which tokens stay, which are spread, and over which of the outputs. A token's size is how many of the first
-tokens it stands for; padding has size zero. Both ways to compute, by a gather and by one matrix product, use static
-shapes and no scatter, so that they export.
+Pruning, merging, sampling and clustering are special forms of W. A `TokenPlan` sends each token whole to one output; a
+`SoftPlan` spreads it over several. A token's size is how many of the first tokens it stands for; padding has size zero.
+Both ways to compute, by one matrix product and by gathering rows, use static shapes and no scatter: they export.
 """
 
 from __future__ import annotations
@@ -19,57 +18,85 @@ FLOOR = 1e-6
 
 @dataclass(frozen=True)
 class TokenPlan:
-    """How N tokens become M.
+    """How N tokens become `left`.
 
-    kept     (batch, K) the tokens that stay, in the order of the outputs; K <= M
-    moved    (batch, R) all others
-    shares   (batch, M, R) how much of each moved token goes to each output; columns sum to one, or to zero for a
-             token that is lost
-
-    Outputs from number K on hold moved tokens alone.
+    place   (batch, N) the output to which each token goes; `left` if it is lost
+    stays   (batch, N) which tokens are the first of their output; True for `kept` tokens of each row, whose places
+            are the numbers from 0 to `kept` - 1. Outputs from number `kept` on hold moved tokens alone
     """
 
-    kept: Tensor
-    moved: Tensor
-    shares: Tensor
+    place: Tensor
+    stays: Tensor
+    left: int
+    kept: int
 
-    def merge(self, x: Tensor, mass: Tensor) -> Tensor:
-        """The means of the tokens `x` (batch, N, channels) that each output stands for, weighted by `mass` (batch, N).
+    def shares(self, dtype: torch.dtype) -> Tensor:
+        """How much of each token goes to each output, (batch, left, N): ones and zeros."""
+        return one_hot(self.place, self.left, dtype)
 
-        By gathering rows; the product runs over moved tokens alone.
+    def merge(self, x: Tensor, mass: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The means of the tokens `x` (batch, N, channels) over each output, weighted by `mass` (batch, N).
+
+        Also gives the mass of each output, (batch, left). By one product with the whole matrix. Without `mass` each
+        token weighs one.
         """
-        stays, goes = take(mass[..., None], self.kept), take(mass[..., None], self.moved)
-        sums = self._padded(take(x, self.kept) * stays) + self.shares @ (take(x, self.moved) * goes)
-        return sums / (self._padded(stays) + self.shares @ goes).clamp(min=FLOOR)
+        shares = self.shares(x.dtype)
+        weights = shares if mass is None else shares * mass[:, None, :]
+        sums = weights.sum(-1)
+        return (weights / sums.clamp(min=FLOOR)[..., None]) @ x, sums
 
-    def add(self, mass: Tensor) -> Tensor:
-        """The sums of `mass` (batch, N) over what each output stands for, (batch, M)."""
-        columns = mass[..., None]
-        return (self._padded(take(columns, self.kept)) + self.shares @ take(columns, self.moved))[..., 0]
+    def gather(self, x: Tensor, mass: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What `merge` gives, by gathering rows; the product runs over moved tokens alone."""
+        weights = (x.new_ones(x.shape[:2]) if mass is None else mass)[..., None]
+        order = self._order()
+        kept, moved = order[:, : self.kept], order[:, self.kept :]
+        shares = one_hot(self.place.gather(1, moved), self.left, x.dtype)
+        stays, goes = take(weights, kept), take(weights, moved)
+        sums = self._padded(stays) + shares @ goes
+        merged = self._padded(take(x, kept) * stays) + shares @ (take(x, moved) * goes)
+        return merged / sums.clamp(min=FLOOR), sums[..., 0]
 
-    def matrix(self, count: int) -> Tensor:
-        """The shares of all `count` tokens, (batch, M, count), without weights: columns sum to one, or zero if lost."""
-        stays = self._padded(one_hot(self.kept, count, self.shares.dtype))
-        return stays + self.shares @ one_hot(self.moved, count, self.shares.dtype)
+    def founders(self) -> Tensor:
+        """The token that each of the first `kept` outputs is made of, (batch, kept)."""
+        return self._order()[:, : self.kept]
 
-    def owners(self) -> tuple[Tensor, Tensor]:
-        """For each token the output that has most of it, (batch, N), and whether any has some."""
-        outputs = torch.arange(self.kept.shape[1], device=self.kept.device).expand(self.kept.shape[0], -1)
-        place = torch.cat([self.kept, self.moved], 1).argsort(1)
-        owner = torch.cat([outputs, self.shares.argmax(1)], 1).gather(1, place)
-        alive = torch.cat([outputs >= 0, self.shares.sum(1) > 0.5], 1).gather(1, place)
-        return owner, alive
+    def _order(self) -> Tensor:
+        """The tokens that stay, by the number of their output, and behind them the others."""
+        return torch.where(self.stays, self.place, self.place.shape[1] + self.place).argsort(1)
 
     def _padded(self, values: Tensor) -> Tensor:
-        """`values` (batch, K, channels) with rows of zeros behind, (batch, M, channels)."""
-        missing = self.shares.shape[1] - self.kept.shape[1]
+        """`values` (batch, kept, channels) with rows of zeros behind, (batch, left, channels)."""
+        missing = self.left - self.kept
         return torch.nn.functional.pad(values, (0, 0, 0, missing)) if missing else values
 
 
-def merge_by_matrix(plan: TokenPlan, x: Tensor, mass: Tensor) -> Tensor:
-    """What `TokenPlan.merge` gives, by one product with the whole matrix (batch, M, N)."""
-    weights = plan.matrix(x.shape[1]) * mass[:, None, :]
-    return weights @ x / weights.sum(-1, keepdim=True).clamp(min=FLOOR)
+@dataclass(frozen=True)
+class SoftPlan:
+    """How the tokens behind the first `protected`, which stay, become M that share them.
+
+    weights  (batch, M, N) how much each of the N tokens counts in each output
+    back     (batch, N, M) the outputs that a token is given back from; rows sum to one
+    """
+
+    weights: Tensor
+    back: Tensor
+    protected: int
+
+    def merge(self, x: Tensor) -> Tensor:
+        """The weighted means of the tokens `x` (batch, protected + N, channels): (batch, protected + M, channels)."""
+        shares = self.weights / self.weights.sum(-1, keepdim=True).clamp(min=FLOOR)
+        return torch.cat([x[:, : self.protected], shares @ x[:, self.protected :]], 1)
+
+    @property
+    def owner(self) -> Tensor:
+        """The output that each token is given back from most, (batch, protected + N)."""
+        batch = self.back.shape[0]
+        special = torch.arange(self.protected, device=self.back.device).expand(batch, -1)
+        return torch.cat([special, self.protected + self.back.argmax(2)], 1)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """All tokens, (batch, protected + N, channels), from `x` (batch, protected + M, channels)."""
+        return torch.cat([x[:, : self.protected], self.back.to(x.dtype) @ x[:, self.protected :]], 1)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -81,11 +108,20 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 
 
 def one_hot(index: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """Rows (batch, M, count) with a one at `index` (batch, M)."""
-    return (index[..., None] == torch.arange(count, device=index.device)).to(dtype)
+    """Columns (batch, count, N) with a one at `index` (batch, N), or of zeros where that is `count`."""
+    return (index[:, None, :] == torch.arange(count, device=index.device)[:, None]).to(dtype)
 
 
-def hard_plan(kept: Tensor, moved: Tensor, destination: Tensor, dtype: torch.dtype) -> TokenPlan:
-    """Each moved token goes whole to one of the kept: `destination` (batch, R) are numbers of outputs."""
-    outputs = torch.arange(kept.shape[1], device=kept.device)
-    return TokenPlan(kept, moved, (destination[:, None, :] == outputs[:, None]).to(dtype))
+def ranks(values: Tensor) -> Tensor:
+    """The place of each of `values` (batch, N) in ascending order, the first of equal ones first.
+
+    By comparing all pairs: no sort, and equal values have one order on every runtime.
+    """
+    return precedes(values).sum(2)
+
+
+def precedes(values: Tensor) -> Tensor:
+    """(batch, N, N): whether the second of two of `values` (batch, N) comes before the first in ascending order."""
+    own, other = values[:, :, None], values[:, None, :]
+    number = torch.arange(values.shape[1], device=values.device)
+    return (other < own) | ((other == own) & (number < number[:, None]))

@@ -1,7 +1,8 @@
 """Token reduction: later blocks of an encoder run on fewer tokens, without training.
 
 Methods: `transform`, ours, after Token Transforming (arXiv 2506.05709); `tome` (Bolya et al. 2023, arXiv 2210.09461);
-`prune` (EViT, Liang et al. 2022, arXiv 2202.07800); see `compress.numerics.token_choice`.
+`prune` (EViT, Liang et al. 2022, arXiv 2202.07800); `sample` (Adaptive Token Sampling, Fayyaz et al. 2022, arXiv
+2111.15667); `cluster` (Liang et al. 2022, arXiv 2210.01035). See `compress.numerics.token_choice` and `token_clusters`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from pydantic import Field, model_validator
 
 from compress.errors import Unsuitable
 from compress.passes.base import Context, Needs, Pass, Result
-from compress.passes.token_schedule import least_left
 from compress.report import Change, Effect, Skip
 
 if TYPE_CHECKING:
@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from compress.model import Model
     from compress.passes.token_schedule import Costs
 
+MATRIX = 512
+"""Up to so many tokens one product with the whole matrix is as fast as gathering rows on a CPU, faster on a GPU."""
+CLUSTERING = {"iterations", "reach", "nearest", "temperature"}
+"""The settings of the method `cluster`."""
+
 
 class MergeTokens(Pass):
     """Reduce the tokens of a stack of encoder blocks."""
@@ -34,34 +39,62 @@ class MergeTokens(Pass):
     needs: ClassVar[Needs] = "nothing"
 
     use: Literal["merge_tokens"] = "merge_tokens"
-    method: Literal["transform", "tome", "prune"] = "transform"
-    """Which tokens go, and where to: merged where that moves the states least; merged where keys are most alike;
-    those that the class token looks at least, into one."""
+    method: Literal["transform", "tome", "prune", "sample", "cluster"] = "transform"
+    """Which tokens go, and where to: merged where that moves the states least; merged where keys are most alike; those
+    that the class token looks at least, into one; those on which no quantile of its looks falls; all, into the centres
+    of a smaller grid, from which every place is given back."""
     keep: float | None = Field(default=None, gt=0, lt=1)
     """The share of the model's multiply-accumulates that is left; the schedule is computed from it."""
     at: tuple[int, ...] | None = None
-    """With `keep`: the numbers of the blocks, from 1 on, before which tokens are reduced. By default three."""
+    """With `keep`, or with `sample`: the numbers of the blocks, from 1 on, before which tokens are reduced. By default
+    what changes the answers on the calibration data least of several choices of up to three; one with `cluster`."""
     remove: int | None = Field(default=None, ge=1)
     """In place of `keep`: so many tokens go before each block but the first."""
     left: tuple[int, ...] | None = None
     """In place of `keep`: how many tokens each block runs on, the first block included."""
     multiple: int = Field(default=1, ge=1)
     """With `keep`: counts are multiples of this, as kernels of half precision like them (8)."""
+    proportional: bool | None = None
+    """Whether attention looks at a token as at all those that it stands for. By default with `transform` and `tome`."""
+    by: Literal["gather", "matrix"] | None = None
+    """How it is computed: gathered rows, or one product with the whole matrix, the default up to 512 tokens."""
     fuse: bool = True
     """Of `prune`: what goes becomes one token, its mean weighted by attention."""
-    proportional: bool | None = None
-    """Whether attention looks at a token as at all those that it stands for. By default, but for `prune`."""
-    by: Literal["gather", "matrix"] = "gather"
-    """How it is computed: gathered rows, or one product with the whole matrix."""
+    samples: int | None = Field(default=None, ge=1)
+    """Of `sample`: how many quantiles are drawn; by default as many as there are tokens before the first block."""
+    mask: bool = False
+    """Of `sample`: all tokens stay, and those that were not drawn are hidden. Exact, and no faster."""
+    iterations: int = Field(default=5, ge=0)
+    """Of `cluster`: how often tokens and centres are assigned to each other."""
+    reach: int = Field(default=5, ge=1)
+    """Of `cluster`: tokens go to centres within half of so many rows and columns of the smaller grid."""
+    nearest: int = Field(default=20, ge=1)
+    """Of `cluster`: from so many centres a place is given back."""
+    temperature: float | None = Field(default=None, gt=0)
+    """Of `cluster`: what squared distances are multiplied by; by default fitted to the calibration data."""
 
     @model_validator(mode="after")
     def _one_schedule(self) -> MergeTokens:
         given = [name for name in ("keep", "remove", "left") if getattr(self, name) is not None]
-        if len(given) != 1:
+        if len(given) != 1 and not (self.method == "sample" and not given):
             what = " and ".join(f"`{name}`" for name in given) if given else "none of them"
             raise ValueError(f"give exactly one of `keep`, `remove`, `left`; here is {what}.")
-        if self.at is not None and self.keep is None:
+        if self.at is not None and self.keep is None and self.method != "sample":
             raise ValueError("`at` goes with `keep`.")
+        if self.mask and given:
+            raise ValueError(f"`mask: true` keeps all tokens; take `{given[0]}` out.")
+        if self.method == "cluster" and (self.keep is None or (self.at and len(self.at) != 1)):
+            raise ValueError("`method: cluster` takes `keep`, and one block in `at`.")
+        return self
+
+    @model_validator(mode="after")
+    def _settings_of_the_method(self) -> MergeTokens:
+        owners = {"prune": {"fuse"}, "sample": {"samples", "mask"}, "cluster": CLUSTERING}
+        for method, names in owners.items():
+            fields = type(self).model_fields
+            strangers = sorted(name for name in names if getattr(self, name) != fields[name].default)
+            if method != self.method and strangers:
+                raise ValueError(f"`{strangers[0]}` goes with `method: {method}`.")
         return self
 
     def check(self, model: Model) -> None:
@@ -84,83 +117,40 @@ class MergeTokens(Pass):
             )
 
     def apply(self, model: Model, context: Context) -> Result:
-        from compress.layers.tokens import Layout, install
-        from compress.passes.blocks import chosen_stack, run_stack
-        from compress.passes.token_fit import require_mergeable, routed_attentions
-        from compress.passes.token_schedule import costs_of
-        from compress.passes.token_views import find_views
+        from compress.layers.tokens import install
+        from compress.passes.blocks import chosen_stack
+        from compress.passes.token_layout import layouts, site_of
+        from compress.passes.token_tuning import best
 
-        del context
         self.check(model)
         stack = chosen_stack(model, self.scope, "`merge_tokens`", _attends(model))
-        require_mergeable(model, stack)
-        run = run_stack(model.module, stack.blocks, model.example, 1)
-        attentions = routed_attentions(model, stack, *run.last.shape[:2])
-        views = find_views(model.module, stack.blocks, model.example, run)
-        costs = costs_of(model.graph, stack.blocks, run.last.shape, self._compared(model, run.last.shape[2]))
-        left = self._schedule(costs, views.protected)
-        layout = Layout(
-            stack.blocks, attentions, costs.count, left, views.protected, views.restored, run.calls[0].slot
-        )
-        changes = _changes(layout, costs)
+        site = site_of(model, stack, self)
+        how = self.how(site.costs.count)
+        layout = best(model.module, layouts(site, self, how, context), how, context)
+        changes = _changes(layout, site.costs)
         if changes:
-            install(model.module, layout, self._how())
+            install(model.module, layout, how)
         return Result(model.module, changes, _skips(layout), _record(layout) if changes else {})
 
     def restore(self, module: nn.Module, record: dict[str, Any]) -> nn.Module:
         from compress.layers.tokens import Layout, install
+        from compress.numerics.token_clusters import Clusters
 
         if record:
-            values: dict[str, Any] = {
-                key: tuple(value) if isinstance(value, list) else value for key, value in record.items()
-            }
-            install(module, Layout(**values), self._how())
+            values = _tuples(record)
+            clusters = Clusters(**values.pop("clusters")) if record["clusters"] else None
+            layout = Layout(**{**values, "clusters": clusters})
+            install(module, layout, self.how(layout.count))
         return module
 
-    def _how(self) -> How:
+    def how(self, count: int) -> How:
+        """How the reducers of a stack of `count` tokens work."""
         from compress.layers.tokens import How
 
-        proportional = self.method != "prune" if self.proportional is None else self.proportional
-        return How(self.method, self.fuse, proportional, self.by)
-
-    def _compared(self, model: Model, width: int) -> int:
-        """How many channels of two tokens are compared."""
-        return {"transform": width, "tome": model.graph.attentions[0].head_size, "prune": 0}[self.method]
-
-    def _schedule(self, costs: Costs, protected: int) -> tuple[int, ...]:
-        from compress.passes.token_schedule import constant, default_places, scheduled
-
-        blocks, halves = len(costs.linear), self.method != "prune"
-        if self.left is not None:
-            return self._given(self.left, costs.count, blocks, protected)
-        if self.remove is not None:
-            return constant(costs.count, self.remove, blocks, protected, halves)
-        assert self.keep is not None, "one schedule is given"
-        places = default_places(blocks) if self.at is None else self.at
-        if not places or min(places) < 1 or max(places) >= blocks:
-            raise Unsuitable(
-                f"`at: {list(places)}` names blocks that cannot be reduced before: there are blocks 1 to {blocks - 1}.",
-                "Name blocks by number; what the first block reads is never reduced.",
-            )
-        return scheduled(costs, self.keep, places, protected, self.multiple, halves)
-
-    def _given(self, left: tuple[int, ...], count: int, blocks: int, protected: int) -> tuple[int, ...]:
-        least = [
-            protected + 1 if self.method == "prune" else least_left(before, protected) for before in left
-        ]
-        fits = (
-            len(left) == blocks
-            and left[0] == count
-            and all(low <= after <= before for low, before, after in zip(least, left, left[1:], strict=False))
-        )
-        if not fits:
-            raise Unsuitable(
-                f"`left: {list(left)}` is no schedule for {blocks} blocks and {count} tokens, {protected} of them "
-                "special.",
-                f"Give {blocks} numbers that begin with {count} and do not rise"
-                + ("." if self.method == "prune" else "; one step merges at most half of the tokens."),
-            )
-        return left
+        merges = self.method in {"transform", "tome"}
+        proportional = merges if self.proportional is None else self.proportional
+        by = self.by or ("matrix" if count <= MATRIX else "gather")
+        return How(self.method, self.fuse, proportional, self.samples, by)
 
 
 def _attends(model: Model) -> Callable[[Stack], bool]:
@@ -170,19 +160,35 @@ def _attends(model: Model) -> Callable[[Stack], bool]:
 
 
 def _changes(layout: Layout, costs: Costs) -> tuple[Change, ...]:
-    steps = zip(layout.blocks, (layout.count, *layout.left), layout.left, strict=False)
+    steps = zip(layout.blocks, (layout.count, *layout.left), layout.left, layout.reduces, strict=False)
     share = f"{100 * costs.share(layout.left):.1f} % of the model's multiply-accumulates are left in all"
     changes = [
-        Change(block, "tokens", f"{before} tokens", f"{after} tokens")
-        for block, before, after in steps
-        if after < before
+        Change(
+            block, "tokens", f"{before} tokens", f"{after} tokens" if after < before else "those drawn seen"
+        )
+        for block, before, after, reduces in steps
+        if reduces
     ]
     return (*changes[:-1], replace(changes[-1], after=f"{changes[-1].after}; {share}")) if changes else ()
 
 
 def _record(layout: Layout) -> dict[str, Any]:
     """`layout` in JSON values."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(layout).items()}
+    return _lists(asdict(layout))
+
+
+def _lists(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: list(one) if isinstance(one, tuple) else _lists(one) if isinstance(one, dict) else one
+        for key, one in values.items()
+    }
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: tuple(one) if isinstance(one, list) else _tuples(one) if isinstance(one, dict) else one
+        for key, one in values.items()
+    }
 
 
 def _skips(layout: Layout) -> tuple[Skip, ...]:

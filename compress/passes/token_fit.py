@@ -9,29 +9,34 @@ from compress.graph.structure import Attention, Stack
 
 if TYPE_CHECKING:
     from compress.model import Model
+    from compress.passes.merge_tokens import MergeTokens
 
 LEAVE_OUT = "Leave `merge_tokens` out for this model, or choose another stack with `scope`."
 
 
-def require_mergeable(model: Model, stack: Stack) -> None:
-    """Raise `Unsuitable` with the reason if an attention of `stack` counts on places that a merged token lacks."""
+def require_mergeable(model: Model, stack: Stack, settings: MergeTokens) -> None:
+    """Raise `Unsuitable` with the reason if an attention of `stack` counts on places that a token left lacks."""
+    mixes = settings.method == "cluster" or (settings.method == "prune" and settings.fuse)
     for block in stack.blocks:
         inside = [one for one in model.graph.attentions if f"{one.path}.".startswith(f"{block}.")]
         for one in inside:
-            if why := _reason(one):
+            if why := _reason(one, mixes):
                 raise Unsuitable(f"The attention `{one.path}` {why}.", LEAVE_OUT)
 
 
-def _reason(attention: Attention) -> str:
-    """Why tokens that meet in this attention cannot be merged, or nothing."""
+def _reason(attention: Attention, mixes: bool) -> str:
+    """Why tokens that meet in this attention cannot be reduced, or nothing.
+
+    `mixes`: whether some token left has no place of its own.
+    """
     if attention.causal:
         return "is causal, and what comes later must not be merged into what comes before"
     if attention.cross:
         return "reads another sequence, whose places the model counts on"
     if attention.positions == "rotary":
         return "rotates queries and keys by their positions, which a merged token has several of"
-    if attention.positions == "relative":
-        return "adds a term for each pair of positions, of which a merged token has several"
+    if attention.positions == "relative" and mixes:
+        return "adds a term for each pair of positions, and a mean of many tokens has none"
     return ""
 
 

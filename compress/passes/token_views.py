@@ -80,7 +80,9 @@ def _answer(
         return with_states(output, torch.cat([hidden[:, :protected], noise[:, protected:]], 1))
 
     with ExitStack() as hooks:
-        hooks.callback(module.get_submodule(blocks[number]).register_forward_hook(spoil).remove)
+        layer = module.get_submodule(blocks[number])
+        # Before the hooks that record hidden states, which are among those who may look.
+        hooks.callback(layer.register_forward_hook(spoil, prepend=True).remove)
         if number + 1 < len(blocks):
             following = module.get_submodule(blocks[number + 1])
             mend = _mender(run.calls[number + 1], true)

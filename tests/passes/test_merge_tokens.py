@@ -9,8 +9,8 @@ from pydantic import ValidationError
 
 import compress
 import export
-from compress.errors import Unproved, Unsuitable
-from compress.layers.tokens import is_reduced, remove
+from compress.errors import DataError, Unsuitable
+from compress.layers.tokens import is_reduced, remove, watched
 from compress.outputs import forward
 
 BODY = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
@@ -69,15 +69,149 @@ def test_positions_are_given_back_where_they_are_read():
     assert reduced(features()).steps[-1].record["restored"] == [False, False, False, True]
 
 
-def test_hidden_states_that_transformers_records_within_a_block_are_refused():
-    """It records them behind the reducer's hook, where they have fewer tokens; nothing goes out in another shape."""
+def test_hidden_states_that_are_read_have_every_position():
+    """transformers records them behind each block: what is given back is what it sees, and the blocks do not."""
     model = made(tf.ViTModel, tf.ViTConfig(**EYES, output_hidden_states=True), PIXELS, "feature-extraction")
-    with pytest.raises(Unproved, match=r"gives `hidden_states.2` of shape \(2, 5\d, 32\), not \(2, 65, 32\)"):
-        reduced(model)
+    outcome = reduced(model, keep=None, left=(65, 50, 40, 40))
+    assert outcome.steps[-1].record["restored"] == [True] * 4
+    given = forward(outcome.model.module, PIXELS)
+    for name, value in forward(model.module, PIXELS).items():
+        assert given[name].shape == value.shape
+    assert torch.equal(given["hidden_states.1"], forward(model.module, PIXELS)["hidden_states.1"])
+    assert len(given["hidden_states.3"][0].unique(dim=0)) == 40
+    assert outcome.model.graph.macs["layers.3"] < 0.7 * model.graph.macs["layers.3"]
+
+
+def depth_model():
+    backbone = tf.Dinov2Config(**EYES, out_indices=[2, 4], reshape_hidden_states=False)
+    config = tf.DepthAnythingConfig(
+        backbone_config=backbone,
+        patch_size=4,
+        reassemble_hidden_size=32,
+        reassemble_factors=[2, 1],
+        neck_hidden_sizes=[16, 16],
+        fusion_hidden_size=16,
+        head_hidden_size=8,
+    )
+    return made(tf.DepthAnythingForDepthEstimation, config, PIXELS, "depth-estimation")
+
+
+DENSE = {
+    "segmentation": lambda: made(
+        tf.DPTForSemanticSegmentation,
+        tf.DPTConfig(
+            **EYES,
+            num_labels=5,
+            backbone_out_indices=[0, 1, 2, 3],
+            neck_hidden_sizes=[16, 16, 16, 16],
+            fusion_hidden_size=16,
+            use_auxiliary_head=False,
+        ),
+        PIXELS,
+        "image-segmentation",
+    ),
+    "depth": depth_model,
+}
+
+
+@pytest.mark.parametrize("method", ["transform", "cluster"])
+@pytest.mark.parametrize("name", DENSE)
+def test_dense_heads_read_every_position(name, method):
+    model = DENSE[name]()
+    outcome = reduced(model, keep=0.97, method=method, at=(1,))
+    wanted, given = forward(model.module, PIXELS), forward(outcome.model.module, PIXELS)
+    assert {key: value.shape for key, value in given.items()} == {
+        key: value.shape for key, value in wanted.items()
+    }
+    assert any(outcome.steps[-1].record["restored"][:-1])
+
+
+def test_terms_for_pairs_of_positions_follow_their_tokens():
+    """BEiT adds one to the scores: among the tokens left it is that of the places where they were."""
+    config = tf.BeitConfig(**EYES, use_relative_position_bias=True)
+    model = made(tf.BeitForImageClassification, config, PIXELS, "image-classification")
+    with torch.no_grad():
+        for layer in model.module.beit.layers:
+            table = layer.relative_position_bias.relative_position_bias_table
+            table.copy_(torch.randn(table.shape, generator=torch.Generator().manual_seed(0)))
+    outcome = reduced(model, keep=None, left=(65, 40, 40, 40), method="prune", fuse=False)
+    module, seen = outcome.model.module, []
+    inner = module.beit.layers[2]
+    inner.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
+    with watched(module) as maps:
+        forward(module, PIXELS)
+    owner = maps[0].owner[0]
+    places = [int((owner == number).nonzero()[0]) for number in range(40)]
+    plain = copy.deepcopy(model.module.beit.layers[2])
+    bias = plain.relative_position_bias((8, 8))[:, :, places][..., places]
+    plain.relative_position_bias = None
+    wanted = plain(seen[0][0][:1], attention_mask=bias)
+    torch.testing.assert_close(seen[0][1][:1], wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_sampling_hides_or_takes_away_what_was_not_drawn():
+    """All that is drawn has room in the capped form, so that both give the class token the same."""
+    model = classifier()
+    with torch.no_grad():
+        for layer in model.module.vit.layers:
+            layer.attention.q_proj.weight.mul_(12)
+            layer.attention.k_proj.weight.mul_(12)
+    exact = reduced(model, keep=None, method="sample", mask=True, at=(1, 2))
+    assert exact.steps[-1].record["left"] == [65, 65, 65, 65]
+    capped = compress.apply(model, [compress.MergeTokens(method="sample", at=(1, 2))], calibration=[PIXELS])
+    left = capped.steps[-1].record["left"]
+    assert 1 < left[2] < left[1] < 65
+    found = [forward(one.model.module, PIXELS)["logits"] for one in (exact, capped)]
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+    few = reduced(model, keep=None, method="sample", samples=5, mask=True, at=(1,))
+    with watched(few.model.module) as maps:
+        forward(few.model.module, PIXELS)
+    assert maps[0].alive.sum(1).max() <= 6
+    with pytest.raises(DataError, match="`merge_tokens` needs calibration data"):
+        reduced(model, keep=None, method="sample")
+
+
+def test_clusters_lie_on_the_grid_and_give_back_what_they_can():
+    model = features()
+    outcome = reduced(model, keep=0.7, method="cluster", at=(2,))
+    clusters = outcome.steps[-1].record["clusters"]
+    rows, columns = clusters["centres"]
+    assert clusters["grid"] == [8, 8]
+    assert outcome.steps[-1].record["left"] == [65, 65, 1 + rows * columns, 1 + rows * columns]
+    wanted = forward(model.module, PIXELS)["last_hidden_state"]
+    errors = [
+        float(
+            (
+                forward(
+                    reduced(model, keep=0.7, method="cluster", at=(2,), temperature=one).model.module, PIXELS
+                )["last_hidden_state"]
+                - wanted
+            ).norm()
+        )
+        for one in (clusters["temperature"], 1e-6)
+    ]
+    assert errors[0] < errors[1]
+
+
+def test_calibration_data_chooses_the_places():
+    model = classifier()
+    plain = reduced(model, keep=0.6)
+    chosen = compress.apply(model, [compress.MergeTokens(keep=0.6)], calibration=[PIXELS])
+    wanted = forward(model.module, PIXELS)["logits"]
+    errors = [float((forward(one.model.module, PIXELS)["logits"] - wanted).norm()) for one in (chosen, plain)]
+    assert errors[0] <= errors[1]
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"method": "tome"}, {"method": "prune"}, {"method": "prune", "fuse": False}]
+    "settings",
+    [
+        {},
+        {"method": "tome"},
+        {"method": "prune"},
+        {"method": "prune", "fuse": False},
+        {"method": "sample"},
+        {"method": "cluster"},
+    ],
 )
 def test_it_saves_loads_and_lets_itself_be_removed(settings, tmp_path):
     model = features()
@@ -101,7 +235,7 @@ def test_it_saves_loads_and_lets_itself_be_removed(settings, tmp_path):
 def test_both_ways_to_compute_agree():
     model = features()
     found = [
-        forward(reduced(model, by=by).model.module, PIXELS)["last_hidden_state"]
+        forward(reduced(model, keep=None, remove=9, by=by).model.module, PIXELS)["last_hidden_state"]
         for by in ("gather", "matrix")
     ]
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
@@ -131,7 +265,7 @@ def test_padding_does_not_matter():
     torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["transform", "tome", "prune"])
+@pytest.mark.parametrize("method", ["transform", "tome", "prune", "sample", "cluster"])
 def test_it_is_exported_with_a_dynamic_batch(method, tmp_path):
     outcome = reduced(features(), method=method)
     artifact = export.Onnx(runtime="cpu").write(outcome.model, tmp_path)
@@ -158,10 +292,12 @@ def test_it_is_quantized_afterwards():
     [
         (tf.LlamaForCausalLM, tf.LlamaConfig(**BODY, vocab_size=90), tokens(), "is causal"),
         (
-            tf.BeitForImageClassification,
-            tf.BeitConfig(**EYES, use_relative_position_bias=True),
+            tf.SwinForImageClassification,
+            tf.SwinConfig(
+                image_size=32, patch_size=2, embed_dim=16, depths=[2], num_heads=[2], window_size=4
+            ),
             PIXELS,
-            "adds a term for each pair of positions",
+            "runs over 32 windows of 16 places, and the block over 2 sequences of 256",
         ),
         (
             tf.ResNetForImageClassification,
@@ -188,6 +324,13 @@ def test_schedules_that_do_not_fit_are_declined():
         ValidationError, match="give exactly one of `keep`, `remove`, `left`; here is none of them"
     ):
         compress.MergeTokens()
+    for settings, said in (
+        ({"keep": 0.5, "method": "tome", "samples": 3}, "`samples` goes with `method: sample`"),
+        ({"keep": 0.5, "method": "sample", "mask": True}, "`mask: true` keeps all tokens; take `keep` out"),
+        ({"remove": 5, "method": "cluster"}, "`method: cluster` takes `keep`, and one block in `at`"),
+    ):
+        with pytest.raises(ValidationError, match=said):
+            compress.MergeTokens(**settings)
     with pytest.raises(ValidationError, match="`at` goes with `keep`"):
         compress.MergeTokens(remove=3, at=(1,))
 
