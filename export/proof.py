@@ -9,6 +9,10 @@ the next. So it is proved twice:
 2. with the rounding, to a small multiple of what the module differs from itself by when the last bits of what
    it rounds are noise.
 
+The choice of tokens in a module that reduces them is such a rounding too: where two merges cost nearly the same, the
+last bit decides. To the fixed bound is added what the module differs from itself by when the last bits of the states
+between its blocks are noise.
+
 Padding is left out: a runtime may give any value there.
 """
 
@@ -18,15 +22,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from compress.calls import given, placed
 from compress.compare import forward, parity, require_finite, worst
 from compress.errors import Unproved
 from compress.layers.quantized import Activation, Scheme, is_quantized, lowered
+from compress.layers.tokens import TokenReducer, is_reduced
 from compress.model import Inputs
 from compress.report import Parity
 from compress.target import TensorSpec
@@ -77,10 +83,10 @@ def prove(
             require_finite(reference, "module")
         if not is_quantized(module):
             found = _distance(opener(onnx), cases, references)
-            _require(found, TOLERANCE[floats], "")
+            _require(found, TOLERANCE[floats] + _choices(module, cases, references, floats), "")
             return Proof(floats, found)
-        plain = _without_rounding(onnx, module, cases, opener)
-        _require(plain, TOLERANCE[floats], ", both without the rounding to integers")
+        plain, bound = _without_rounding(onnx, module, cases, opener, floats)
+        _require(plain, bound, ", both without the rounding to integers")
         found = _distance(opener(onnx), cases, references)
         noise = _noise(module, cases, references, LAST_BIT[floats])
         _require(found, ROUNDING_TOLERANCE + NOISE_FACTOR * noise.relative, "")
@@ -107,15 +113,19 @@ def _distance(
     )
 
 
-def _without_rounding(onnx: Path, module: nn.Module, cases: Sequence[Inputs], opener: Opener) -> Parity:
-    """The distance of graph and module when activations are rounded in neither; weights stay integers."""
+def _without_rounding(
+    onnx: Path, module: nn.Module, cases: Sequence[Inputs], opener: Opener, floats: Floats
+) -> tuple[Parity, float]:
+    """The distance of graph and module when activations are rounded in neither, and its bound; weights stay ints."""
     unrounded = onnx.with_stem(f"{onnx.stem}-unrounded")
     model = ir.load(onnx)
     remove_rounding(model)
     ir.save(model, unrounded)  # shares the weights' file with `onnx`
     try:
         with _activations(module, lambda x, _: x):
-            return _distance(opener(unrounded), cases, [forward(module, inputs) for inputs in cases])
+            references = [forward(module, inputs) for inputs in cases]
+            found = _distance(opener(unrounded), cases, references)
+            return found, TOLERANCE[floats] + _choices(module, cases, references, floats)
     finally:
         unrounded.unlink()
 
@@ -124,14 +134,45 @@ def _noise(
     module: nn.Module, cases: Sequence[Inputs], references: Sequence[Mapping[str, Tensor]], size: float
 ) -> Parity:
     """How far `module` is from itself with noise, `size` of the largest value, on everything that it rounds."""
+    shake = _shaker(size)
+    with _activations(module, lambda x, layer: layer.rounded(shake(x))), _states(module, shake):
+        return _distance([lambda inputs: forward(module, inputs)], cases, references)
+
+
+def _choices(
+    module: nn.Module, cases: Sequence[Inputs], references: Sequence[Mapping[str, Tensor]], floats: Floats
+) -> float:
+    """How far a graph may be off because `module` chooses tokens by the last bits of what it compares."""
+    if not is_reduced(module):
+        return 0.0
+    with _states(module, _shaker(LAST_BIT[floats])):
+        return NOISE_FACTOR * _distance([lambda inputs: forward(module, inputs)], cases, references).relative
+
+
+def _shaker(size: float) -> Callable[[Tensor], Tensor]:
+    """Adds noise, `size` of the largest value, to a tensor; another for each call, and the same for each shaker."""
     generator = torch.Generator().manual_seed(0)
 
-    def shake(x: Tensor, layer: Activation) -> Tensor:
-        noise = torch.randn(x.shape, generator=generator).to(x.dtype)
-        return layer.rounded(x + size * x.abs().max() * noise)
+    def shake(x: Tensor) -> Tensor:
+        return x + size * x.abs().max() * torch.randn(x.shape, generator=generator).to(x.dtype)
 
-    with _activations(module, shake):
-        return _distance([lambda inputs: forward(module, inputs)], cases, references)
+    return shake
+
+
+@contextmanager
+def _states(module: nn.Module, shake: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let every block that reduces tokens be given what `shake` makes of its states, inside the block of code."""
+
+    def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        slot = block.token_reducer.slot
+        return placed(slot, args, kwargs, shake(given(slot, args, kwargs)))
+
+    with ExitStack() as stack:
+        for block in module.modules():
+            if isinstance(getattr(block, "token_reducer", None), TokenReducer):
+                hook = block.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
+                stack.callback(hook.remove)
+        yield
 
 
 @contextmanager

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
+from compress.configs import using_cache
 from compress.errors import Unsuitable
 from compress.graph.ops import MOVES, in_place, op, operand, readers
 
@@ -93,7 +95,7 @@ def record(module: nn.Module, example: Mapping[str, Tensor]) -> Trace:
     if "use_cache" in inspect.signature(module.forward).parameters:
         inputs["use_cache"] = False
     try:
-        with evaluating(module), torch.no_grad():
+        with evaluating(module), using_cache(module, False), torch.no_grad():
             program = torch.export.export(module, (), kwargs=inputs, strict=False)
     except Exception as error:
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -104,7 +106,20 @@ def record(module: nn.Module, example: Mapping[str, Tensor]) -> Trace:
             "Check that the module runs on these inputs. Where its forward branches on values of tensors, "
             "compress the submodule that does not, or rewrite the branch with torch.where.",
         ) from error
+    _require_known_shapes(module, program)
     return from_program(module, program)
+
+
+def _require_known_shapes(module: nn.Module, program: ExportedProgram) -> None:
+    """Raise `Unsuitable` if the shape of a tensor in the graph depends on the values of another."""
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and free_unbacked_symbols(value):
+            raise Unsuitable(
+                f"{type(module).__name__} computes shapes from the values of tensors, in `{path_of(node)}` for one, "
+                "so its structure cannot be read from one run.",
+                "Compress a submodule that does not, such as the vision tower or the language model.",
+            )
 
 
 def from_program(module: nn.Module, program: ExportedProgram) -> Trace:

@@ -50,6 +50,8 @@ def reduced(model, **settings):
         (tf.Dinov2WithRegistersForImageClassification, tf.Dinov2WithRegistersConfig(**EYES), 5),
         (tf.CLIPVisionModel, tf.CLIPVisionConfig(**EYES), 1),
         (tf.SiglipVisionModel, tf.SiglipVisionConfig(**EYES), 0),
+        (tf.BeitModel, tf.BeitConfig(**EYES, use_relative_position_bias=True), 1),
+        (tf.ViTMAEModel, tf.ViTMAEConfig(**EYES, mask_ratio=0.0), 1),
     ],
 )
 def test_special_tokens_are_found_and_the_share_is_kept(kind, config, protected):
@@ -147,6 +149,24 @@ def test_terms_for_pairs_of_positions_follow_their_tokens():
     plain.relative_position_bias = None
     wanted = plain(seen[0][0][:1], attention_mask=bias)
     torch.testing.assert_close(seen[0][1][:1], wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_the_vision_tower_of_a_language_model_is_reduced():
+    """LLaVA reads the states behind the last block but one: all of its places are given back there."""
+    config = tf.LlavaConfig(
+        vision_config=tf.CLIPVisionConfig(**EYES),
+        text_config=tf.LlamaConfig(**BODY, vocab_size=99),
+        image_token_index=98,
+        vision_feature_layer=-2,
+    )
+    ids = torch.randint(1, 90, (2, 70), generator=torch.Generator().manual_seed(0))
+    ids[:, 1:65] = 98
+    example = {**PIXELS, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    model = made(tf.LlavaForConditionalGeneration, config, example, "text-generation")
+    outcome = reduced(model, keep=0.9, scope={"include": ["model.vision_tower.*"]})
+    assert outcome.steps[-1].record["restored"][:2] == [False, False]
+    assert outcome.steps[-1].record["restored"][2]
+    assert len(outcome.steps[-1].changes) == 3
 
 
 def test_sampling_hides_or_takes_away_what_was_not_drawn():
