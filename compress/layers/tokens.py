@@ -151,10 +151,11 @@ class TokenFlow:
     def reduce(self, hidden: Tensor, left: int, number: int) -> Tensor:
         """The states of `left` tokens for all present ones, (batch, tokens, channels), before block `number`."""
         if self.layout.clusters is not None:
-            self.clusters = cluster_plan(hidden, self.layout.clusters, self.layout.protected)
+            self.clusters = cluster_plan(hidden, self.layout.clusters, self.layout.protected, self.tracks)
             merged = self.clusters.merge(hidden)
-            everyone = torch.ones(merged.shape[:2], dtype=torch.bool, device=merged.device)
-            self._note(number, self.clusters.owner, everyone)
+            if self.seen is not None:
+                everyone = torch.ones(merged.shape[:2], dtype=torch.bool, device=merged.device)
+                self._note(number, self.clusters.owner, everyone)
             return merged
         if self.size is None:
             self.size = self._padding(hidden)

@@ -41,10 +41,10 @@ class Clusters:
         return self.centres[0] * self.centres[1]
 
 
-def cluster_plan(features: Tensor, clusters: Clusters, protected: int) -> SoftPlan:
+def cluster_plan(features: Tensor, clusters: Clusters, protected: int, gives_back: bool = True) -> SoftPlan:
     """How the tokens behind the first `protected` of `features` (batch, tokens, channels) become clusters.
 
-    Distances are computed in float32.
+    Distances are computed in float32. `gives_back`: whether the way back is wanted, too.
     """
     tokens = features[:, protected:].float()
     near = neighbourhood(clusters.grid, clusters.centres, clusters.reach).to(tokens)
@@ -56,8 +56,11 @@ def cluster_plan(features: Tensor, clusters: Clusters, protected: int) -> SoftPl
         centres = (shares / shares.sum(-1, keepdim=True)) @ tokens
     if not clusters.iterations:
         shares = pooling(clusters.grid, clusters.centres).to(tokens).expand(tokens.shape[0], -1, -1)
+    shares = shares.to(features.dtype)
+    if not gives_back:
+        return SoftPlan(shares, None, protected)
     back = _nearest(-clusters.temperature * _squares(tokens, centres), clusters.nearest)
-    return SoftPlan(shares.to(features.dtype), back.to(features.dtype), protected)
+    return SoftPlan(shares, back.to(features.dtype), protected)
 
 
 def pooling(grid: tuple[int, int], centres: tuple[int, int]) -> Tensor:

@@ -75,11 +75,11 @@ class SoftPlan:
     """How the tokens behind the first `protected`, which stay, become M that share them.
 
     weights  (batch, M, N) how much each of the N tokens counts in each output
-    back     (batch, N, M) the outputs that a token is given back from; rows sum to one
+    back     (batch, N, M) the outputs that a token is given back from; rows sum to one. None if nobody wants it
     """
 
     weights: Tensor
-    back: Tensor
+    back: Tensor | None
     protected: int
 
     def merge(self, x: Tensor) -> Tensor:
@@ -90,12 +90,14 @@ class SoftPlan:
     @property
     def owner(self) -> Tensor:
         """The output that each token is given back from most, (batch, protected + N)."""
+        assert self.back is not None, "the way back was not asked for"
         batch = self.back.shape[0]
         special = torch.arange(self.protected, device=self.back.device).expand(batch, -1)
         return torch.cat([special, self.protected + self.back.argmax(2)], 1)
 
     def restore(self, x: Tensor) -> Tensor:
         """All tokens, (batch, protected + N, channels), from `x` (batch, protected + M, channels)."""
+        assert self.back is not None, "the way back was not asked for"
         return torch.cat([x[:, : self.protected], self.back.to(x.dtype) @ x[:, self.protected :]], 1)
 
 

@@ -17,7 +17,7 @@ from compress.passes.token_fit import require_mergeable, routed_attentions
 from compress.passes.token_grid import centres_for, clustered, fitted, grid_of
 from compress.passes.token_schedule import Costs, Schedules, candidate_places, costs_of, default_places
 from compress.passes.token_tuning import BATCHES, drawn
-from compress.passes.token_views import find_views
+from compress.passes.token_views import Views, find_views
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +52,7 @@ def site_of(model: Model, stack: Stack, settings: MergeTokens) -> Site:
     attentions = routed_attentions(model, stack, batch, count)
     views = find_views(model.module, stack.blocks, model.example, run)
     head = model.graph.attentions[0].head_size
-    step = _step(settings, count, views.protected, width, head)
+    step = _step(settings, count, views, width, head)
     layout = Layout(
         stack.blocks,
         attentions,
@@ -182,15 +182,17 @@ def _sampled(site: Site, settings: MergeTokens, how: How, context: Context) -> L
 
 
 def _step(
-    settings: MergeTokens, count: int, protected: int, width: int, head: int
+    settings: MergeTokens, count: int, views: Views, width: int, head: int
 ) -> Callable[[int, int], float]:
     """What a reduction of one row from n tokens to m costs, in multiply-accumulates."""
+    protected = views.protected
     by = settings.how(count).by
     compared = {"transform": width, "tome": head}.get(settings.method, 0)
 
     def cluster(before: int, after: int) -> float:
-        pairs = (before - protected) * (after - protected) * width
-        return (2 * settings.iterations + 4) * pairs
+        # Pooling or merging, two products an iteration; where places are read the last distances, and giving back.
+        products = 1 + 2 * settings.iterations + 2 * any(views.restored) + sum(views.restored)
+        return products * (before - protected) * (after - protected) * width
 
     def other(before: int, after: int) -> float:
         merged = after * (before - after if by == "gather" else before) * width

@@ -1,6 +1,7 @@
 """Fewer tokens in real architectures: what goes, what is given back, what is declined, and the way to ONNX."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from pydantic import ValidationError
 import compress
 import export
 from compress.errors import DataError, Unsuitable
-from compress.layers.tokens import is_reduced, remove, watched
+from compress.layers.tokens import How, install, is_reduced, remove, watched
 from compress.outputs import forward
+from compress.passes.token_layout import site_of
 
 BODY = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
 EYES = {**BODY, "image_size": 32, "patch_size": 4}
@@ -250,6 +252,49 @@ def test_it_saves_loads_and_lets_itself_be_removed(settings, tmp_path):
     for name, value in forward(whole, PIXELS).items():
         assert torch.equal(value, forward(model.module, PIXELS)[name])
     assert is_reduced(outcome.model.module)
+
+
+def test_reducers_that_take_nothing_away_change_no_bit():
+    model = features()
+    layout = site_of(model, model.graph.stacks[0], compress.MergeTokens(keep=0.5)).layout
+    module = copy.deepcopy(model.module)
+    install(module, layout, How("transform"))
+    wanted = forward(model.module, PIXELS)
+    for name, value in forward(module, PIXELS).items():
+        assert torch.equal(value, wanted[name])
+
+
+@pytest.mark.parametrize("settings", [{}, {"by": "gather"}, {"method": "tome"}, {"method": "cluster"}])
+def test_the_counted_cost_is_that_of_the_schedule(settings):
+    """What the schedule is computed from is what the operations in the graph cost, within half a per cent."""
+    model = classifier()
+    outcome = reduced(model, **settings)
+    said = re.search(r"([\d.]+) % of the model's", outcome.steps[-1].changes[-1].after)
+    counted = 100 * outcome.model.graph.macs[""] / model.graph.macs[""]
+    assert float(said[1]) == pytest.approx(counted, abs=0.5)
+
+
+def test_an_encoder_of_sound_is_reduced():
+    config = tf.WhisperConfig(
+        d_model=32,
+        encoder_layers=4,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        vocab_size=99,
+        pad_token_id=0,
+        num_mel_bins=8,
+        max_source_positions=50,
+    )
+    sound = torch.randn(2, 8, 100, generator=torch.Generator().manual_seed(0))
+    example = {"input_features": sound, "decoder_input_ids": torch.randint(3, 90, (2, 6))}
+    model = made(tf.WhisperForConditionalGeneration, config, example, "automatic-speech-recognition")
+    outcome = reduced(model, keep=0.85, scope={"include": ["model.encoder.*"]})
+    assert outcome.steps[-1].record["protected"] == 0
+    assert outcome.steps[-1].record["restored"] == [False, False, False, True]
+    assert outcome.steps[-1].record["left"][-1] < 35
 
 
 def test_both_ways_to_compute_agree():
