@@ -25,6 +25,7 @@ from compress.pipeline import Outcome, run
 from compress.recipe import Recipe, load_recipe
 from compress.report import Caution, Change, Parity, Skip, Step
 from compress.scope import Scope
+from compress.showing import show_tokens
 from compress.target import Artifact, Target
 
 __all__ = [
@@ -59,4 +60,5 @@ __all__ = [
     "open_model",
     "run",
     "save",
+    "show_tokens",
 ]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from compress.checkpoint import open_model, write_checkpoint
 from compress.data import as_batches, batches
+from compress.devices import require_device
 from compress.errors import NotAccepted, RecipeError
 from compress.folders import disk_errors, empty, kept_folder, partial_of
 from compress.manifest import Manifest
@@ -37,20 +38,24 @@ def apply(
     calibration: Iterable[Mapping[str, torch.Tensor]] | None = None,
     training: Iterable[Mapping[str, torch.Tensor]] | None = None,
     heldout: Iterable[Mapping[str, torch.Tensor]] | None = None,
+    device: str = "cpu",
     seed: int = 0,
     observer: Observer = SILENT,
 ) -> Outcome:
     """Run the passes of a recipe (its name, path or value) or a list of passes over a copy of `model`.
 
-    Data given here goes before the recipe's. With held-out data the outcome's `warnings` say whether the other data
-    misleads. Nothing is written. Raises what the passes raise, `NothingToDo` for a pass that changed nothing, and
+    Data given here goes before the recipe's. Passes run on `device`, such as "cuda"; the result is where `model` is.
+    With held-out data the outcome's `warnings` say whether the other data misleads. Nothing is written. Raises what the
+    passes raise, `UsageError` for a device that torch does not have, `NothingToDo` for a pass that changed nothing, and
     `Unproved` for a step whose outputs are wrong.
     """
+    require_device(device)
     if isinstance(recipe, (str, Path)):
         recipe = load_recipe(recipe)
     passes = recipe.passes if isinstance(recipe, Recipe) else tuple(recipe)
     context = replace(
         recipe_context(recipe, model) if isinstance(recipe, Recipe) else Context(),
+        device=device,
         seed=seed,
         observer=observer,
     )
@@ -71,14 +76,23 @@ def recipe_context(recipe: Recipe, model: Model) -> Context:
     )
 
 
-def build(recipe: Recipe, into: str | Path, *, observer: Observer = SILENT, force: bool = False) -> Manifest:
-    """Compress, export and prove as `recipe` says, into the new folder `into`.
+def build(
+    recipe: Recipe,
+    into: str | Path,
+    *,
+    device: str = "cpu",
+    observer: Observer = SILENT,
+    force: bool = False,
+) -> Manifest:
+    """Compress, export and prove as `recipe` says, into the new folder `into`. Passes run on `device`, such as "cuda".
 
     The folder holds `checkpoint/`, one folder an export, and `manifest.json`. It appears whole: until then the work
     is in `into.partial`, from whose last finished pass a later run goes on. Where a launcher has started several
-    processes, this is for the main one; the others `take_part`. Raises `NotAccepted`, after the
-    folder is in place, if a demand of the recipe's `accept` is not met.
+    processes, this is for the main one; the others `take_part`. Raises `UsageError`, before any work, for a device
+    that torch does not have, and `NotAccepted`, after the folder is in place, if a demand of the recipe's `accept` is
+    not met.
     """
+    require_device(device)
     into, begun = Path(into), time.perf_counter()
     with kept_folder(into, force) as partial:
         empty(partial, keep=(STEPS,))
@@ -87,7 +101,7 @@ def build(recipe: Recipe, into: str | Path, *, observer: Observer = SILENT, forc
         model = load_named(recipe, observer)
         for target in recipe.export:
             target.check(model)
-        done, warnings, artifacts = _compress(recipe, model, partial, steps, observer)
+        done, warnings, artifacts = _compress(recipe, model, partial, steps, device, observer)
         verdicts = [
             judge(recipe, target, artifact, model, partial, observer)
             for target, artifact in zip(recipe.export, artifacts, strict=True)
@@ -110,22 +124,24 @@ def build(recipe: Recipe, into: str | Path, *, observer: Observer = SILENT, forc
     return manifest
 
 
-def take_part(recipe: Recipe, into: str | Path) -> None:
+def take_part(recipe: Recipe, into: str | Path, device: str = "cpu") -> None:
     """Run the passes of `recipe` beside the main process, which builds `into`: for a share of the training.
 
     Writes nothing.
     """
+    require_device(device)
     model = load_named(recipe)
-    run(model, recipe.passes, recipe_context(recipe, model), store=partial_of(Path(into)) / STEPS)
+    context = replace(recipe_context(recipe, model), device=device)
+    run(model, recipe.passes, context, store=partial_of(Path(into)) / STEPS)
 
 
 def _compress(
-    recipe: Recipe, model: Model, partial: Path, store: Path, observer: Observer
+    recipe: Recipe, model: Model, partial: Path, store: Path, device: str, observer: Observer
 ) -> tuple[tuple[Step, ...], tuple[Caution, ...], list[Artifact]]:
     """Write the checkpoint and the exports. The compressed model is gone from memory when this returns: what
     follows times processes that load models of their own.
     """
-    context = replace(recipe_context(recipe, model), observer=observer)
+    context = replace(recipe_context(recipe, model), device=device, observer=observer)
     outcome = _run(model, recipe.passes, context, store)
     (partial / "checkpoint").mkdir()
     write_checkpoint(outcome.model, partial / "checkpoint")

@@ -56,6 +56,7 @@ TrainingData = Annotated[
     Path | None,
     typer.Option("--training", help="Train on this: a text file, a table, or a folder of pictures."),
 ]
+Device = Annotated[str, typer.Option("--device", help="Where passes run: cpu, cuda, cuda:1, ...")]
 Out = Annotated[Path | None, typer.Option("--out", help="The new folder to write; build/NAME by default.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
 Task = Annotated[str | None, typer.Option("--task", help="The model's task, such as text-classification.")]
@@ -90,6 +91,7 @@ def apply(
     out: Out = None,
     calibration: Calibration = None,
     training: TrainingData = None,
+    device: Device = "cpu",
     force: Force = False,
 ) -> None:
     """Compress, export and prove a model as a recipe says."""
@@ -104,10 +106,10 @@ def apply(
 
     into = out or Path("build") / recipe_path(recipe).stem
     if not is_main():
-        take_part(wanted, into)
+        take_part(wanted, into, device)
         return
     with progress() as observer:
-        manifest = build(wanted, into, observer=observer, force=force)
+        manifest = build(wanted, into, device=device, observer=observer, force=force)
     for table in tables(manifest):
         output().print(table)
     output().print(f"Written to {manifest.folder}.", markup=False)
@@ -264,6 +266,36 @@ def compare(
     with progress() as observer:
         found = contest(artifact, baseline, wanted, **settings, observer=observer)
     output().print(as_table(found, shape))
+
+
+@app.command("show-tokens")
+def show_tokens(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture.")],
+    model: Annotated[str, typer.Option("--model", help="A checkpoint, a model folder or a name on the hub.")],
+    task: Task = None,
+    method: Annotated[
+        str | None, typer.Option(help="With --keep: transform (the default), tome, prune, sample or cluster.")
+    ] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="Apply merge_tokens first; the share of multiply-accumulates left.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The new PNG file; build/IMAGE-tokens.png by default.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output file if it exists.")] = False,
+) -> None:
+    """Draw which patches of a picture become one token in a model with merge_tokens."""
+    from compress.console import hush, output, progress
+
+    into = out or Path("build") / f"{image.stem}-tokens.png"
+    hush()
+    from compress.showing import draw_tokens
+
+    with progress() as observer:
+        draw_tokens(
+            image, model, into, task_name=task, method=method, keep=keep, force=force, observer=observer
+        )
+    output().print(f"Written to {into}.", markup=False)
 
 
 @app.command("list")

@@ -11,6 +11,8 @@ import torch
 from compress.errors import DataError
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from compress.model import Inputs, Model
     from compress.reading import Example
 
@@ -27,6 +29,18 @@ def encoder(example: Example, max_length: int, model: Model) -> Encode:
         return lambda group: _tokenized(group, tokenizer, max_length, model)
     processor = _image_processor(model)
     return lambda group: _seen(group, processor, model)
+
+
+def encode_picture(picture: Path | Image.Image, model: Model) -> tuple[Inputs, torch.Tensor]:
+    """The forward arguments of `model` for one picture, and its pixels as the model sees them.
+
+    The pixels are what the processor gives before it scales and normalizes them: uint8 (height, width, 3). Raises
+    `DataError` for a file that is no picture, and for a model that takes none or has no image processor.
+    """
+    processor = _image_processor(model)
+    raw = _seen([picture], processor, model, do_rescale=False, do_normalize=False)["pixel_values"][0]
+    pixels = raw.float().clamp(0, 255).round().to(torch.uint8)
+    return _seen([picture], processor, model), pixels.movedim(0, -1)
 
 
 def windows(text: str, length: int, model: Model) -> list[torch.Tensor]:
@@ -138,8 +152,9 @@ def _image_processor(model: Model) -> Any:
     return processor
 
 
-def _seen(group: Sequence[Any], processor: Any, model: Model) -> Inputs:
-    encoded = processor(images=[_picture(item) for item in group], return_tensors="pt")
+def _seen(group: Sequence[Any], processor: Any, model: Model, **settings: bool) -> Inputs:
+    """The pictures of `group` as `processor` gives them, with `settings` in the place of its own."""
+    encoded = processor(images=[_picture(item) for item in group], return_tensors="pt", **settings)
     return {name: tensor for name, tensor in encoded.items() if name in model.example}
 
 

@@ -1,4 +1,4 @@
-"""Output folders that appear whole or not at all."""
+"""Output folders, and files, that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -22,12 +22,28 @@ def require_free(into: Path, force: bool) -> None:
             f"The output folder {into} exists and is not empty.",
             "Name another one, or pass --force (in Python: force=True) to replace it.",
         )
+    _require_writable(into)
+
+
+@contextmanager
+def new_file(into: Path, force: bool = False) -> Iterator[Path]:
+    """Yield a path beside `into` to write a file to, which is renamed to `into` when the block ends well.
+
+    Raises `OutputError` before the block where `into` is taken and `force` is not given, or cannot be written, and
+    `DiskFull` in place of the system's error.
+    """
+    if into.is_dir():
+        raise OutputError(f"The output {into} is a folder.", "Name a file.")
+    if into.exists() and not force:
+        raise OutputError(f"The output {into} exists.", "Name another file, or pass --force to replace it.")
+    _require_writable(into, "file")
+    partial = partial_of(into)
     try:
-        into.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(into, error) from error
-    if not os.access(into.parent, os.W_OK):
-        raise _unwritable(into, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+        with disk_errors(partial):
+            yield partial
+            partial.replace(into)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -131,8 +147,18 @@ def _lock(partial: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _unwritable(into: Path, error: OSError) -> OutputError:
+def _require_writable(into: Path, kind: str = "folder") -> None:
+    """Make the folder that `into` is to stand in. Raises `OutputError` if nothing can be written there."""
+    try:
+        into.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(into, error, kind) from error
+    if not os.access(into.parent, os.W_OK):
+        raise _unwritable(into, PermissionError(errno.EACCES, os.strerror(errno.EACCES)), kind)
+
+
+def _unwritable(into: Path, error: OSError, kind: str = "folder") -> OutputError:
     return OutputError(
-        f"The output folder {into} cannot be written: {error.strerror}.",
-        "Name a folder that you may write to.",
+        f"The output {kind} {into} cannot be written: {error.strerror}.",
+        f"Name a {kind} that you may write to.",
     )

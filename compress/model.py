@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from compress.devices import moved, on_device
 from compress.errors import ModelError, UsageError
 from compress.report import Step
 
@@ -62,6 +63,21 @@ class Model:
         from compress.graph import trace
 
         return trace(self.module, self.example)
+
+    @contextmanager
+    def on(self, device: str) -> Iterator[Model]:
+        """This model with its module and its example on `device`; after the block the module is back where it was."""
+        with on_device(self.module, device):
+            there = replace(self, example=moved(self.example, device))
+            _share_graph(self, there)
+            yield there
+            _share_graph(there, self)
+
+
+def _share_graph(known: Model, other: Model) -> None:
+    """Tell `other`, the same model elsewhere, what was found out about the structure, if anything was."""
+    if "graph" in vars(known):
+        vars(other)["graph"] = known.graph
 
 
 def load_model(

@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from compress.devices import device_of, moved
+
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 
-def forward(module: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The float outputs of `module(**inputs)` without gradients, by name (see `flatten_outputs`)."""
+def forward(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The float outputs of `module(**inputs)` without gradients, by name (see `flatten_outputs`).
+
+    They are on the device of the inputs, wherever the module is.
+    """
     import torch
 
+    home = next((value.device for value in inputs.values() if isinstance(value, torch.Tensor)), None)
     with torch.no_grad():
-        return flatten_outputs(module(**inputs))
+        return moved(flatten_outputs(module(**moved(inputs, device_of(module)))), home)
 
 
 def flatten_outputs(output: Any) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from compress import processes
 from compress.catalog import available, find
 from compress.checkpoint import load, save
 from compress.compare import EXACT_TOLERANCE, forward, parity, require_finite
+from compress.devices import Moved, device_of, require_device
 from compress.errors import ModelpressError, NothingToDo, Unproved, Unsuitable
 from compress.folders import empty
 from compress.model import Model
@@ -47,12 +48,16 @@ def run(
 
     With `store`, an existing folder, the model after each pass is kept there until the next one is done, and a run
     with the same weights, data, settings and package versions goes on from it. The teacher of passes that train is
-    `model`, unless the context has one. Raises `Unsuitable` before any work for a pass whose result must be trained and
-    is not, `NothingToDo` for a pass that changed nothing, `Unproved` for outputs that are not finite, have another
-    shape, or (after a pass that claims to keep the function) differ, and whatever the passes raise.
+    `model`, unless the context has one. Passes run on the context's device, everything else where `model` is.
+
+    Raises before any work `UsageError` for a device that torch does not have, and `Unsuitable` for a pass whose result
+    must be trained and is not; then `NothingToDo` for a pass that changed nothing, `Unproved` for outputs that are not
+    finite, have another shape, or (after a pass that claims to keep the function) differ, and what the passes raise.
     """
-    _require_paid(model, passes)
     context = context or Context()
+    context = replace(context, device=processes.own_device(context.device))
+    require_device(context.device)
+    _require_paid(model, passes)
     context = context if context.teacher is not None else replace(context, teacher=model)
     keys = _keys(model, passes, context) if store is not None else [""] * len(passes)
     done, current = _resume(model, store, keys) if store is not None else (0, None)
@@ -105,7 +110,7 @@ def _prove(model: Model, settings: Pass, context: Context) -> tuple[Step, nn.Mod
     reference, bytes_before = forward(model.module, model.example), state_bytes(model.module)
     begun = time.perf_counter()
     with task(context.observer, settings.use):
-        result = settings.apply(model, context)
+        result = _applied(settings, model, context)
     seconds = time.perf_counter() - begun
     if not result.changes and not settings.allow_empty:
         raise _nothing_to_do(settings, result)
@@ -127,6 +132,16 @@ def _prove(model: Model, settings: Pass, context: Context) -> tuple[Step, nn.Mod
         seconds=seconds,
     )
     return step, result.module
+
+
+def _applied(settings: Pass, model: Model, context: Context) -> Result:
+    """What the pass makes of `model`, with all that it is given on the context's device, and then back."""
+    home = device_of(model.module)
+    data = {"calibration": context.calibration, "training": context.training}
+    data = {name: None if one is None else Moved(one, context.device) for name, one in data.items()}
+    with model.on(context.device) as there:
+        result = settings.apply(there, replace(context, **data))
+    return result if home is None else replace(result, module=result.module.to(home))
 
 
 def _nothing_to_do(settings: Pass, result: Result) -> NothingToDo:

@@ -31,6 +31,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def own_device(name: str) -> str:
+    """The device `name` for this process: of several processes on a machine, each has an accelerator of its own."""
+    kind = name.partition(":")[0]
+    return name if count() == 1 or kind == "cpu" else f"{kind}:{os.environ.get('LOCAL_RANK', '0')}"
+
+
 def shared(value: T) -> T:
     """The main process's `value`, in all of them. Every process must call it, and waits until all have done so."""
     if count() == 1:

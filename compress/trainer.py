@@ -23,11 +23,12 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from compress import processes
+from compress.devices import device_of, on_device
 from compress.errors import Unproved
 from compress.model import Inputs
 from compress.passes.base import Context
 from compress.progress import Task, task
-from compress.training import Loss, Trained, Training, on_device
+from compress.training import Loss, Trained, Training
 
 WEIGHTS = "model.safetensors"
 """The file of a checkpoint that holds the trained parameters."""
@@ -53,7 +54,7 @@ def fit(
         on_device(module, context.device),
         torch.enable_grad(),
     ):
-        arguments = _arguments(settings, context, folder)
+        arguments = _arguments(settings, context, folder, device_of(module))
         trainer = _Trainer(_Objective(module, loss), batches, settings, arguments, rates, running, what)
         trainer.train(resume_from_checkpoint=trainer.resumed)
         module.zero_grad()
@@ -180,8 +181,10 @@ class _Progress(TrainerCallback):
             log.debug("step %d of %d: loss %.6g", state.global_step, state.max_steps, logs["loss"])
 
 
-def _arguments(settings: Training, context: Context, folder: Path) -> TrainingArguments:
-    return TrainingArguments(
+def _arguments(
+    settings: Training, context: Context, folder: Path, device: torch.device | None
+) -> TrainingArguments:
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
         per_device_train_batch_size=1,
@@ -205,6 +208,10 @@ def _arguments(settings: Training, context: Context, folder: Path) -> TrainingAr
         ddp_find_unused_parameters=True,
         ddp_broadcast_buffers=False,
     )
+    if processes.count() == 1:
+        # Trainer takes the first accelerator that there is, and here it is told which.
+        arguments._setup_devices = arguments.distributed_state.device = device  # type: ignore[union-attr]
+    return arguments
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from compress import processes
+from compress.devices import kept
 from compress.errors import DataError, Unsuitable, UsageError
 from compress.passes.base import Context
 
@@ -98,14 +99,14 @@ def train(
     return fit(module, batches, loss, settings, context, what, rates or {})
 
 
-def training_batches(context: Context, what: str) -> list[Inputs]:
+def training_batches(context: Context, what: str) -> Sequence[Inputs]:
     """The training batches of `context`. Raises `DataError` if the recipe names no data for them, or there are none."""
     if context.training is None:
         raise DataError(
             f"{what} needs training data, and there is none.",
             "Name a file: `data: {training: {text: FILE}}` in the recipe, or `training=` in Python.",
         )
-    batches = list(context.training)
+    batches = kept(context.training)
     _require_batches(batches, what)
     return batches
 
@@ -127,17 +128,6 @@ def multiplies_bfloat16(device: str | torch.device) -> bool:
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(processor()["flags"])
-
-
-@contextmanager
-def on_device(module: nn.Module, device: str | torch.device) -> Iterator[nn.Module]:
-    """`module` on `device` inside the block, and back where it was after it."""
-    home = next((tensor.device for tensor in module.parameters()), None)
-    try:
-        yield module.to(device)
-    finally:
-        if home is not None:
-            module.to(home)
 
 
 @contextmanager

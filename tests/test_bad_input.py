@@ -90,6 +90,14 @@ def test_a_scope_that_matches_nothing(apply, recipe):
     assert "`modelpress inspect MODEL` prints them all." in shown.splitlines()[-1]
 
 
+def test_a_device_that_is_not_there(apply, recipe, tmp_path):
+    status, shown = apply(recipe(QUANTIZE, model="/no/such/model"), "--device", "gpu")
+    assert status == 2
+    assert "error: `gpu` is no device of torch.\n" in shown
+    assert shown.splitlines()[-1].startswith("Give another: torch ")
+    assert not (tmp_path / "out.partial").exists()
+
+
 def test_a_pass_with_nothing_to_do(apply, recipe):
     status, shown = apply(recipe('  - {use: quantize, scope: {include: ["*.LayerNorm"]}}'))
     assert status == 3

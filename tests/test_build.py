@@ -169,6 +169,23 @@ def test_apply_gives_what_build_gives_and_writes_nothing(built, recipe, tmp_path
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("verb", ["apply", "build", "take_part"])
+def test_passes_run_on_the_device_that_is_given(recipe, tmp_path, monkeypatch, verb):
+    seen = []
+
+    def stop(model, passes, context, store=None):
+        seen.append(context.device)
+        raise ArithmeticError
+
+    flow = sys.modules["compress.build"]
+    monkeypatch.setattr(flow, "run", stop)
+    model = compress.load_model(recipe.model.name, task="feature-extraction")
+    arguments = (model, recipe) if verb == "apply" else (recipe, tmp_path / "out")
+    with pytest.raises(ArithmeticError):
+        getattr(flow, verb)(*arguments, device="cpu:0")
+    assert seen == ["cpu:0"]
+
+
 def test_a_plan_runs_the_passes_and_writes_nothing(recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = plan(recipe)

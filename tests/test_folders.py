@@ -9,7 +9,7 @@ import textwrap
 import pytest
 
 from compress.errors import DiskFull, OutputError
-from compress.folders import disk_errors, kept_folder, new_folder
+from compress.folders import disk_errors, kept_folder, new_file, new_folder
 
 
 def test_a_new_folder_appears_when_the_block_ends(tmp_path):
@@ -25,6 +25,23 @@ def test_a_failed_block_leaves_nothing(tmp_path):
         (partial / "a").write_text("1")
         raise ValueError("cause")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_new_file_appears_when_the_block_ends(tmp_path):
+    into = tmp_path / "new" / "a.txt"
+    with pytest.raises(ValueError, match="cause"), new_file(into) as partial:
+        partial.write_text("half")
+        raise ValueError("cause")
+    assert os.listdir(into.parent) == []
+    for text in ("one", "two"):
+        with new_file(into, force=text == "two") as partial:
+            partial.write_text(text)
+    assert into.read_text() == "two"
+    assert os.listdir(into.parent) == ["a.txt"]
+    with pytest.raises(OutputError, match=f"The output {into} exists."), new_file(into):
+        pass
+    with pytest.raises(OutputError, match="The output file .* cannot be written"), new_file(into / "b.txt"):
+        pass
 
 
 def test_a_kept_folder_survives_a_failure_and_is_found_again(tmp_path):

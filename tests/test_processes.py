@@ -40,6 +40,13 @@ def test_a_launcher_says_who_is_who(monkeypatch):
     assert (processes.rank(), processes.count(), processes.is_main()) == (1, 2, False)
 
 
+def test_each_process_has_an_accelerator_of_its_own(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert processes.own_device("cuda:3") == "cuda:3"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert [processes.own_device(name) for name in ("cuda", "cuda:3", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
+
+
 def test_children_that_are_timed_are_no_part_of_the_group(monkeypatch):
     launched = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "LOCAL_RANK": "0"}
     launched |= {"ACCELERATE_USE_CPU": "true", "TORCHELASTIC_RUN_ID": "1", "GROUP_RANK": "0"}

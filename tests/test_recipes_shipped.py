@@ -46,7 +46,12 @@ def small(name, models, tmp_path):
     quick = recipe.measure.model_copy(update={"rounds": 1, "calls": 1, "shape": shape})
     # Random models answer nearly alike already: a higher learning rate takes them away from their teacher.
     gently = {"steps": 20, "learning_rate": 1e-5}
-    passes = tuple(one.model_copy(update=gently) if one.needs == "training" else one for one in recipe.passes)
+    # Two blocks leave little room for fewer tokens.
+    fewer = {"merge_tokens": {"keep": 0.9}}
+    passes = tuple(
+        one.model_copy(update=gently if one.needs == "training" else fewer.get(one.use, {}))
+        for one in recipe.passes
+    )
     return recipe.model_copy(update={"measure": quick, "passes": passes})
 
 
@@ -81,7 +86,7 @@ def test_a_shipped_recipe_builds_and_proves_a_tiny_model(name, models, tmp_path)
 def test_a_shipped_int8_recipe_smooths_exactly_and_quantizes_all(name, models, tmp_path):
     recipe = small(name, models, tmp_path)
     model = compress.load_model(recipe.model.name, task=recipe.model.task)
-    smooth, quantize = compress.apply(model, recipe).steps
+    smooth, *_, quantize = compress.apply(model, recipe).steps
     assert smooth.parity.relative < 1e-4
     assert len(quantize.changes) >= 12
     assert quantize.bytes_after < 0.7 * quantize.bytes_before

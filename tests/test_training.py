@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from compress.errors import DataError, Unproved, Unsuitable, UsageError
 from compress.passes.base import Context
 from compress.trainer import order
-from compress.training import Training, on_device, train, training_batches, training_only
+from compress.training import Training, train, training_batches, training_only
 
 SETTINGS = Training(steps=20, learning_rate=1e-2)
 ALONE = Context()
@@ -112,13 +112,6 @@ def test_only_the_named_parameters_train_inside_the_block():
         assert names == ["0.weight", "4.bias"]
     assert not module[4].bias.requires_grad
     assert module[3].weight.requires_grad
-
-
-def test_a_module_comes_back_where_it_was():
-    module = network()
-    with on_device(module, "cpu") as placed:
-        assert placed is module
-    assert module[0].weight.device.type == "cpu"
 
 
 def test_rates_are_by_name():

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from compress.devices import moved, on_device
 from compress.graph.attention import find_attentions
 from compress.graph.blocks import find_stacks
 from compress.graph.macs import count_macs, sum_macs
@@ -25,7 +26,12 @@ def trace(module: nn.Module, example: Mapping[str, Tensor]) -> Graph:
     The module is left as it was. Tensors that are computed from others are seen as plain ones. Raises `Unsuitable` if
     it cannot be traced.
     """
-    module = plain_copy(module)
+    with on_device(module, "cpu"):
+        return _traced(plain_copy(module), moved(example, "cpu"))
+
+
+def _traced(module: nn.Module, example: Mapping[str, Tensor]) -> Graph:
+    """What a run on the CPU says: parts of it are run again, on labels and probes that are there."""
     run = record(module, example)
     products = find_products(run)
     normalizations = find_normalizations(run)

@@ -29,6 +29,7 @@ Batches = Iterable[Mapping[str, "torch.Tensor"]]
 class Context:
     """What a pass may use besides the model. Batches are None where the recipe names no data for them.
 
+    While a pass runs, its model and the calibration and training batches are on `device`: the runner brings them there.
     `heldout` is what the result is judged on: no pass reads it.
     `teacher` is the model that training is measured against: the one that the run began with, unless given.
     `scratch` is a folder for what an interrupted pass goes on from; it need not exist yet, and the runner removes it

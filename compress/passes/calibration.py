@@ -55,13 +55,13 @@ def watch(module: nn.Module, context: Context, watches: Mapping[str, Watch], wha
 
 
 def numbered(context: Context, what: str) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """The calibration batches on the context's device, with their numbers from 1, shown as progress on `what`.
+    """The calibration batches with their numbers from 1, shown as progress on `what`.
 
     Raises `DataError` if there is none.
     """
     number = 0
     for number, batch in enumerate(track(context.observer, what, required(context, what)), start=1):
-        yield number, {name: value.to(context.device) for name, value in batch.items()}
+        yield number, dict(batch)
     if not number:
         raise DataError(
             f"{what}: the calibration data gives no batches.",
@@ -86,7 +86,9 @@ def run_batch(module: nn.Module, batch: Mapping[str, Tensor], number: int) -> An
     except ModelpressError:
         raise
     except (TypeError, ValueError, RuntimeError, LookupError) as cause:
-        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.items())
+        shapes = ", ".join(
+            f"{name} {tuple(value.shape)}" for name, value in batch.items() if hasattr(value, "shape")
+        )
         raise DataError(
             f"The model cannot take calibration batch {number} ({shapes}): {type(cause).__name__}: {cause}",
             "The batches must be keyword arguments of the model's forward, in shapes that it takes.",

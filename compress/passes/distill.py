@@ -16,7 +16,7 @@ from compress.data import spread
 from compress.errors import Unproved, Unsuitable
 from compress.passes.base import Context, Needs, Pass, Result
 from compress.report import Change, Effect, Skip
-from compress.training import Training, on_device, train, training_batches, training_only
+from compress.training import Training, train, training_batches, training_only
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,11 +63,10 @@ class Distill(Training, Pass):
         from compress.passes.teaching import objective, require_teacher
 
         self.check(model)
-        teacher = require_teacher(context)
         batches = training_batches(context, self.use)
-        with on_device(teacher.module, context.device), on_device(model.module, context.device):
+        with require_teacher(context).on(context.device) as teacher:
             kind, loss = objective(self, model, teacher)
-            seen = [_moved(batch, context) for batch in spread(batches, MEASURED)]
+            seen = spread(batches, MEASURED)
             before = _mean_loss(model.module, loss, seen)
             if before < AGREED:
                 why = "it answers as its teacher does already; put `distill` after the passes that compress"
@@ -146,10 +145,6 @@ def _reached(module: nn.Module, names: list[str], loss: Loss, batch: Inputs) -> 
             )
         found = torch.autograd.grad(value, wanted, allow_unused=True)
     return [name for name, one in zip(names, found, strict=True) if one is not None]
-
-
-def _moved(batch: Inputs, context: Context) -> Inputs:
-    return {name: value.to(context.device) for name, value in batch.items()}
 
 
 def _require_fall(before: float, after: float) -> None:

@@ -94,14 +94,15 @@ def _move(module: nn.Module, pair: Pair, largest: dict[str, Tensor], alpha: floa
     steepest = reduce(torch.maximum, (weight.abs().amax(0).float().cpu() for weight in weights))
     activation = largest_by_feature(inputs, origin, features)
     scales = smoothing_scales(activation, largest_by_feature(steepest, origin, features), alpha)
+    there = scales.to(weights[0].device)
     if pair.multiply:
         for path in pair.readers:
-            _multiply(module, path, scales)
+            _multiply(module, path, there)
         return Change(pair.source, "smoothed, multiplied", _spread(activation), _spread(activation / scales))
-    if why := _divide(module.get_submodule(pair.source), pair, scales):
+    if why := _divide(module.get_submodule(pair.source), pair, there):
         return Skip(pair.source, why)
     for weight in weights:
-        weight.copy_(weight.double() * scales[origin].to(weight.device))
+        weight.copy_(weight.double() * there[origin])
     return Change(pair.source, "smoothed", _spread(activation), _spread(activation / scales))
 
 
@@ -114,8 +115,7 @@ def _multiply(module: nn.Module, path: str, scales: Tensor | None) -> None:
 
     layer = module.get_submodule(path)
     weight = matrix(layer)
-    by = torch.ones(weight.shape[1], dtype=torch.float64) if scales is None else scales
-    by = by.to(weight.device)
+    by = weight.new_ones(weight.shape[1], dtype=torch.float64) if scales is None else scales
     scaling = Scaling((1 / by).to(weight.dtype))
     scaled = ScaledLinear((weight.double() * by).to(weight.dtype), layer.bias, scaling)
     swap(module, {layer: scaled.train(layer.training)})
@@ -137,9 +137,9 @@ def _divide(source: nn.Module, pair: Pair, scales: Tensor) -> str:
     if len(rows) != len(scales):
         return f"{len(rows)} features are written and {len(scales)} are read"
     weight = matrix(source)
-    weight[rows] = (weight[rows].double() / scales.to(weight.device)[:, None]).to(weight.dtype)
+    weight[rows] = (weight[rows].double() / scales[:, None]).to(weight.dtype)
     if source.bias is not None:
-        source.bias.data[rows] = (source.bias[rows].double() / scales.to(weight.device)).to(weight.dtype)
+        source.bias.data[rows] = (source.bias[rows].double() / scales).to(weight.dtype)
     return ""
 
 

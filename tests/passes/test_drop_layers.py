@@ -193,3 +193,12 @@ def test_depth_comes_first():
 def test_without_data():
     with pytest.raises(DataError, match="drop_layers: calibration data needs calibration data"):
         run(build("llama"), [DropLayers(remove=1)], Context())
+
+
+def test_data_that_the_model_cannot_take():
+    model = build("llama")
+    bad = {**model.example, "input_ids": model.example["input_ids"] + 1000}
+    with pytest.raises(
+        DataError, match=r"cannot take calibration batch 1 \(input_ids \(2, 12\), attention_mask"
+    ):
+        run(model, [DropLayers(remove=1)], Context(calibration=[bad]))
