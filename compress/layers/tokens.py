@@ -62,7 +62,7 @@ class How:
     fuse: bool = True
     proportional: bool = True
     samples: int | None = None
-    by: Literal["gather", "matrix"] = "matrix"
+    by: Literal["gather", "matrix"] | None = None
 
     @property
     def scores(self) -> bool:
@@ -161,11 +161,13 @@ class TokenFlow:
             self.size = self._padding(hidden)
         plan, drawn = self._plan(hidden, left)
         self._track(plan, hidden)
-        merge = plan.gather if self.how.by == "gather" else plan.merge
         size = _times(self.size, drawn, hidden.dtype)
-        merged, mass = merge(hidden, size)
+        merge = plan.merge if self._by_matrix(hidden) else plan.gather
         if self.how.method == "prune":
             merged, _ = merge(hidden, _times(size, self._weights(hidden), hidden.dtype))
+            mass = plan.add(hidden.new_ones(hidden.shape[:2]) if size is None else size)
+        else:
+            merged, mass = merge(hidden, size)
         self.size = mass
         self.bias = self._bias(mass, hidden.dtype)
         self._note(number, self.owner, mass > 0)
@@ -179,6 +181,10 @@ class TokenFlow:
             return hidden
         found = take(hidden, self.owner.clamp(max=hidden.shape[1] - 1))
         return found if self.lost is None else torch.where(self.lost[1][..., None], self.lost[0], found)
+
+    def _by_matrix(self, hidden: Tensor) -> bool:
+        """Whether one product is computed: on a GPU its few operations are faster than gathering rows."""
+        return hidden.is_cuda if self.how.by is None else self.how.by == "matrix"
 
     def _padding(self, hidden: Tensor) -> Tensor | None:
         """The sizes of tokens that are still all there: zero for padding, else one. None if nothing says what is."""

@@ -40,10 +40,10 @@ class TokenPlan:
         Also gives the mass of each output, (batch, left). By one product with the whole matrix. Without `mass` each
         token weighs one.
         """
-        shares = self.shares(x.dtype)
-        weights = shares if mass is None else shares * mass[:, None, :]
-        sums = weights.sum(-1)
-        return (weights / sums.clamp(min=FLOOR)[..., None]) @ x, sums
+        mass = x.new_ones(x.shape[:2]) if mass is None else mass
+        shares, sums = self.shares(x.dtype), self.add(mass)
+        own = sums.gather(1, self.place.clamp(max=self.left - 1)).clamp(min=FLOOR)
+        return (shares * (mass / own)[:, None, :]) @ x, sums
 
     def gather(self, x: Tensor, mass: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What `merge` gives, by gathering rows; the product runs over moved tokens alone."""
@@ -51,10 +51,15 @@ class TokenPlan:
         order = self._order()
         kept, moved = order[:, : self.kept], order[:, self.kept :]
         shares = one_hot(self.place.gather(1, moved), self.left, x.dtype)
-        stays, goes = take(weights, kept), take(weights, moved)
-        sums = self._padded(stays) + shares @ goes
-        merged = self._padded(take(x, kept) * stays) + shares @ (take(x, moved) * goes)
-        return merged / sums.clamp(min=FLOOR), sums[..., 0]
+        stays, goes = self._padded(take(weights, kept)), take(weights, moved)
+        sums = stays + shares @ goes
+        whole = sums.clamp(min=FLOOR)
+        spread = shares * goes.transpose(1, 2) / whole
+        return self._padded(take(x, kept)) * (stays / whole) + spread @ take(x, moved), sums[..., 0]
+
+    def add(self, mass: Tensor) -> Tensor:
+        """The sums of `mass` (batch, N) over each output, (batch, left)."""
+        return (self.shares(mass.dtype) @ mass[..., None])[..., 0]
 
     def founders(self) -> Tensor:
         """The token that each of the first `kept` outputs is made of, (batch, kept)."""
@@ -111,7 +116,8 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 
 def one_hot(index: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """Columns (batch, count, N) with a one at `index` (batch, N), or of zeros where that is `count`."""
-    return (index[:, None, :] == torch.arange(count, device=index.device)[:, None]).to(dtype)
+    outputs = torch.arange(count, dtype=torch.int32, device=index.device)
+    return (index.int()[:, None, :] == outputs[:, None]).to(dtype)
 
 
 def ranks(values: Tensor) -> Tensor:
@@ -119,7 +125,7 @@ def ranks(values: Tensor) -> Tensor:
 
     By comparing all pairs: no sort, and equal values have one order on every runtime.
     """
-    return precedes(values).sum(2)
+    return precedes(values).float().sum(2).long()  # runtimes add floats faster than booleans
 
 
 def precedes(values: Tensor) -> Tensor:

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from compress.model import Model
     from compress.passes.token_schedule import Costs
 
-MATRIX = 512
-"""Up to so many tokens one product with the whole matrix is as fast as gathering rows on a CPU, faster on a GPU."""
 CLUSTERING = {"iterations", "reach", "nearest", "temperature"}
 """The settings of the method `cluster`."""
 
@@ -57,7 +55,7 @@ class MergeTokens(Pass):
     proportional: bool | None = None
     """Whether attention looks at a token as at all those that it stands for. By default with `transform` and `tome`."""
     by: Literal["gather", "matrix"] | None = None
-    """How it is computed: gathered rows, or one product with the whole matrix, the default up to 512 tokens."""
+    """How it is computed: gathered rows, or one product with the whole matrix; by default the latter on a GPU."""
     fuse: bool = True
     """Of `prune`: what goes becomes one token, its mean weighted by attention."""
     samples: int | None = Field(default=None, ge=1)
@@ -125,7 +123,7 @@ class MergeTokens(Pass):
         self.check(model)
         stack = chosen_stack(model, self.scope, "`merge_tokens`", _attends(model))
         site = site_of(model, stack, self)
-        how = self.how(site.costs.count)
+        how = self.how()
         layout = best(model.module, layouts(site, self, how, context), how, context)
         changes = _changes(layout, site.costs)
         if changes:
@@ -140,17 +138,16 @@ class MergeTokens(Pass):
             values = _tuples(record)
             clusters = Clusters(**values.pop("clusters")) if record["clusters"] else None
             layout = Layout(**{**values, "clusters": clusters})
-            install(module, layout, self.how(layout.count))
+            install(module, layout, self.how())
         return module
 
-    def how(self, count: int) -> How:
-        """How the reducers of a stack of `count` tokens work."""
+    def how(self) -> How:
+        """How the reducers work."""
         from compress.layers.tokens import How
 
         merges = self.method in {"transform", "tome"}
         proportional = merges if self.proportional is None else self.proportional
-        by = self.by or ("matrix" if count <= MATRIX else "gather")
-        return How(self.method, self.fuse, proportional, self.samples, by)
+        return How(self.method, self.fuse, proportional, self.samples, self.by)
 
 
 def _attends(model: Model) -> Callable[[Stack], bool]:

@@ -52,7 +52,7 @@ def site_of(model: Model, stack: Stack, settings: MergeTokens) -> Site:
     attentions = routed_attentions(model, stack, batch, count)
     views = find_views(model.module, stack.blocks, model.example, run)
     head = model.graph.attentions[0].head_size
-    step = _step(settings, count, views, width, head)
+    step = _step(settings, views, width, head)
     layout = Layout(
         stack.blocks,
         attentions,
@@ -181,12 +181,9 @@ def _sampled(site: Site, settings: MergeTokens, how: How, context: Context) -> L
     return replace(masked, left=tuple(found))
 
 
-def _step(
-    settings: MergeTokens, count: int, views: Views, width: int, head: int
-) -> Callable[[int, int], float]:
+def _step(settings: MergeTokens, views: Views, width: int, head: int) -> Callable[[int, int], float]:
     """What a reduction of one row from n tokens to m costs, in multiply-accumulates."""
     protected = views.protected
-    by = settings.how(count).by
     compared = {"transform": width, "tome": head}.get(settings.method, 0)
 
     def cluster(before: int, after: int) -> float:
@@ -195,7 +192,7 @@ def _step(
         return products * (before - protected) * (after - protected) * width
 
     def other(before: int, after: int) -> float:
-        merged = after * (before - after if by == "gather" else before) * width
+        merged = after * (before if settings.by == "matrix" else before - after) * width
         looks = (1 if protected else before) * before * width if not compared else 0
         return before * before / 4 * compared + looks + merged
 
