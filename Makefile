@@ -27,9 +27,11 @@ format: .venv/installed-dev  ## put the code into its canonical form
 docs: .venv/installed-docs  ## build the documentation, strictly, into build/site
 	$(BIN)/mkdocs build --quiet --strict --site-dir $(OUT)/site
 
-bench: .venv/installed-bench  ## all tables of docs/benchmarks.md, from the folders DATA and LANGUAGE_MODEL
+bench: .venv/installed-bench  ## all tables of docs/benchmarks.md, from the folders DATA, LANGUAGE_MODEL and VISION_MODEL
 	$(BIN)/python -m benchmarks minilm --data "$(DATA)" --out $(OUT)/bench
 	$(BIN)/python -m benchmarks language --data "$(DATA)" --model "$(LANGUAGE_MODEL)" --out $(OUT)/bench
+	$(BIN)/python -m benchmarks vision --data "$(DATA)" --model "$(VISION_MODEL)" --out $(OUT)/bench
+	$(BIN)/python -m benchmarks.token_shapes --out $(OUT)/bench/token_shapes.json
 	$(BIN)/python -m benchmarks.memory
 
 clean:  ## remove everything that these targets made

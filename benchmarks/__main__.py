@@ -15,8 +15,11 @@ from benchmarks.results import markdown
 from compress.console import hush, show_error
 from compress.errors import ModelpressError
 
-TABLES = ("minilm", "language")
-"""Modules of this package with `run(data, model, cache, rounds, calls, threads) -> Table` and its `PACKAGES`."""
+TABLES = ("minilm", "language", "vision")
+"""Modules of this package with `run(data, model, cache, rounds, calls, threads) -> Table` and its `PACKAGES`.
+
+One that has a function `draw(table, file)` draws its picture by that.
+"""
 
 
 def main() -> int:
@@ -45,7 +48,7 @@ def _measure(arguments: argparse.Namespace) -> None:
     into = arguments.out / arguments.table
     into.with_suffix(".json").write_text(json.dumps(asdict(table), indent=2) + "\n", encoding="utf-8")
     into.with_suffix(".md").write_text(markdown(table), encoding="utf-8")
-    draw(table, into.with_suffix(".png"))
+    getattr(module, "draw", draw)(table, into.with_suffix(".png"))
     print(f"\n{markdown(table)}\nWritten to {into}.json, .md and .png.")
 
 

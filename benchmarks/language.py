@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import decoding, ours
-from benchmarks.builds import Build, Made, build_all, model_bytes
+from benchmarks.builds import Made, build_all, model_bytes
 from benchmarks.machine import this_machine
 from benchmarks.results import Row, Table, Upwards
 from compress.console import progress
 from compress.errors import UsageError
 from compress.progress import Observer, task, track
-from compress.reading import whole_text
 from compress.timing import Timings, Variant, measure
 
 BASELINE = "float32"
@@ -62,18 +61,12 @@ PASSES: dict[str, Mapping[str, Any]] = {
 }
 """The rows: a shipped recipe, or passes as they stand in one."""
 
-_ONNX = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
-
 
 def run(data: Path, model: Path | None, cache: Path, rounds: int, calls: int, threads: int) -> Table:
     """Build what is not built, measure speed and quality, and give the table."""
     if model is None:
         raise UsageError("This table needs a language model.", "Give its folder: `--model FOLDER`.")
-    builds = {
-        name: Build(ours.language_model, _ONNX, sources=("compress", "export", "recipes"), settings=settings)
-        for name, settings in PASSES.items()
-    }
-    built = build_all(builds, model, [whole_text(data / TRAINING)], cache)
+    built = build_all(ours.builds(ours.language_model, PASSES), model, data / TRAINING, cache)
     with progress() as observer:
         timings = {str(shape): _time(built, shape, rounds, calls, threads, observer) for shape in SHAPES}
         losses = _losses(built, data, model, threads, observer)

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.builds import Build, Builder
+from benchmarks.pictures import batches
+
 if TYPE_CHECKING:
-    from compress.model import Model
+    from compress.model import Inputs, Model
     from compress.recipe import Recipe
 
 FACTS = "facts.json"
-"""Beside an artifact of `language_model`: the seconds that its passes took, and its MACs a token at 512 tokens."""
+"""Beside an artifact: the seconds that its passes took, and its MACs a token (of 512) or a picture."""
+
+BATCH = 64
+"""So many pictures are in a batch of calibration data."""
+
+_ONNX = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+_SOURCES = ("compress", "export", "recipes", "benchmarks.pictures")
+
+
+def builds(make: Builder, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Build]:
+    """A build by `make`, a function of this file, for the settings of each row."""
+    return {name: Build(make, _ONNX, sources=_SOURCES, settings=settings) for name, settings in rows.items()}
 
 
 def sentence_encoder_int8(model: Path, _: Sequence[str], into: Path) -> None:
@@ -30,40 +43,65 @@ def sentence_encoder_int8(model: Path, _: Sequence[str], into: Path) -> None:
 
 def language_model(
     model: Path,
-    texts: Sequence[str],
+    text: Path,
     into: Path,
     recipe: str | None = None,
     passes: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """A shipped recipe, or passes as they stand in one, trained and calibrated on `texts`, as ONNX for a CPU."""
+    """Passes as they stand in a recipe, then those of a shipped one, trained and calibrated on the file `text`."""
+    import torch
+
+    import compress
+
+    loaded = compress.load_model(model, task="text-generation")
+    done, seconds = _make(loaded, _recipe(loaded, recipe, passes).with_training(text), into)
+    ids = torch.ones(1, 512, dtype=torch.long)
+    window = replace(done, example={"input_ids": ids, "attention_mask": ids})
+    _note(into, seconds, window.graph.macs[""] / 512)
+
+
+def vision_model(
+    model: Path,
+    pictures: Path,
+    into: Path,
+    recipe: str | None = None,
+    passes: Sequence[Mapping[str, Any]] = (),
+    calibrated: int = 0,
+) -> None:
+    """Passes, then those of a shipped recipe, calibrated on the first `calibrated` of the packed `pictures`."""
+    import compress
+
+    loaded = compress.load_model(model, task="image-classification")
+    data = [{"pixel_values": pixels} for pixels in batches(pictures, model, BATCH, calibrated)]
+    done, seconds = _make(loaded, _recipe(loaded, recipe, passes), into, data or None)
+    _note(into, seconds, done.graph.macs[""] / len(done.example["pixel_values"]))
+
+
+def _recipe(model: Model, name: str | None, passes: Sequence[Mapping[str, Any]]) -> Recipe:
+    """`passes`, and then those of the shipped recipe `name` with its data, if one is named."""
+    from compress.recipe import Recipe, load_recipe
+
+    parts = {"summary": "A row", "model": {"task": model.task}, "export": [{"use": "onnx"}]}
+    own = Recipe.model_validate({**parts, "passes": passes})
+    if name is None:
+        return own
+    shipped = load_recipe(name)
+    return shipped.model_copy(update={"passes": (*own.passes, *shipped.passes)})
+
+
+def _make(
+    model: Model, recipe: Recipe, into: Path, calibration: Sequence[Inputs] | None = None
+) -> tuple[Model, float]:
+    """Run the passes and write ONNX for a CPU. Gives the compressed model, and the seconds that the passes took."""
     import compress
     import export
 
-    loaded = compress.load_model(model, task="text-generation")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "training.txt"
-        file.write_text("".join(texts), encoding="utf-8")
-        wanted = _recipe(recipe, passes).with_training(file)
-        begun = time.perf_counter()
-        outcome = compress.apply(loaded, wanted)
-        seconds = time.perf_counter() - begun if wanted.passes else 0.0
+    begun = time.perf_counter()
+    outcome = compress.apply(model, recipe, calibration=calibration)
+    seconds = time.perf_counter() - begun if recipe.passes else 0.0
     export.Onnx(runtime="cpu").write(outcome.model, into)
-    facts = {"seconds": seconds, "macs": _macs(outcome.model) / 512}
-    (into / FACTS).write_text(json.dumps(facts), encoding="utf-8")
+    return outcome.model, seconds
 
 
-def _recipe(name: str | None, passes: Sequence[Mapping[str, Any]]) -> Recipe:
-    from compress.recipe import Recipe, load_recipe
-
-    if name is not None:
-        return load_recipe(name)
-    parts = {"summary": "A row", "model": {"task": "text-generation"}, "export": [{"use": "onnx"}]}
-    return Recipe.model_validate({**parts, "passes": passes})
-
-
-def _macs(model: Model) -> int:
-    """Multiply-accumulates of one window of 512 tokens."""
-    import torch
-
-    ids = torch.ones(1, 512, dtype=torch.long)
-    return replace(model, example={"input_ids": ids, "attention_mask": ids}).graph.macs[""]
+def _note(into: Path, seconds: float, macs: float) -> None:
+    (into / FACTS).write_text(json.dumps({"seconds": seconds, "macs": macs}), encoding="utf-8")

@@ -97,6 +97,7 @@ class TokenFlow:
     owner     (batch, first tokens) the present token that has most of each, if any block gives positions back
     lost      (batch, first tokens, channels) the states of positions when their token was lost, and which are
     clusters  the plan of the method `cluster`
+    clustered the states that it merged and those that it made of them, if any block gives positions back
     hidden    the present states, where the block before gave every position back
     mask      what the model adds to the scores of its keys, (batch, 1, 1, tokens)
     keys      (batch, heads, tokens, channels) of the last attention
@@ -115,6 +116,7 @@ class TokenFlow:
     owner: Tensor | None = None
     lost: tuple[Tensor, Tensor] | None = None
     clusters: SoftPlan | None = None
+    clustered: tuple[Tensor, Tensor] | None = None
     hidden: Tensor | None = None
     mask: Tensor | None = None
     keys: Tensor | None = None
@@ -124,7 +126,7 @@ class TokenFlow:
     def clear(self) -> None:
         """Forget the run."""
         self.size = self.bias = self.origin = self.owner = self.lost = self.clusters = None
-        self.hidden = self.mask = self.keys = self.scores = None
+        self.clustered = self.hidden = self.mask = self.keys = self.scores = None
 
     @property
     def is_reduced(self) -> bool:
@@ -153,6 +155,7 @@ class TokenFlow:
         if self.layout.clusters is not None:
             self.clusters = cluster_plan(hidden, self.layout.clusters, self.layout.protected, self.tracks)
             merged = self.clusters.merge(hidden)
+            self.clustered = (hidden, merged) if self.tracks else None
             if self.seen is not None:
                 everyone = torch.ones(merged.shape[:2], dtype=torch.bool, device=merged.device)
                 self._note(number, self.clusters.owner, everyone)
@@ -174,9 +177,13 @@ class TokenFlow:
         return merged
 
     def restore(self, hidden: Tensor) -> Tensor:
-        """Every first position, with the state of the token that has most of it, or the last one it had."""
+        """Every first position, with the state of the token that has most of it, or the last one it had.
+
+        Of clusters: with the state that it had, changed as those of the clusters nearest to it were.
+        """
         if self.clusters is not None:
-            return self.clusters.restore(hidden)
+            assert self.clustered is not None, "the way back was not asked for"
+            return self.clusters.restore(hidden, *self.clustered)
         if self.owner is None:
             return hidden
         found = take(hidden, self.owner.clamp(max=hidden.shape[1] - 1))

@@ -1,8 +1,9 @@
 """Tokens on a grid as clusters of a smaller grid, and back: for dense prediction.
 
 Written from Expediting Large-Scale Vision Transformer for Dense Prediction without Fine-tuning (Liang et al. 2022,
-arXiv 2210.01035). Each row with which a token is given back sums to one, so that constants stay as they are; the
-published code normalizes by the square root of the sum of squares.
+arXiv 2210.01035), but for the way back: a token keeps the state that it had, and changes as its clusters did. The paper
+gives it their state, which smooths what tells neighbours apart. Each row of weights sums to one; the published code
+normalizes by the square root of the sum of squares.
 """
 
 from __future__ import annotations

@@ -100,10 +100,18 @@ class SoftPlan:
         special = torch.arange(self.protected, device=self.back.device).expand(batch, -1)
         return torch.cat([special, self.protected + self.back.argmax(2)], 1)
 
-    def restore(self, x: Tensor) -> Tensor:
-        """All tokens, (batch, protected + N, channels), from `x` (batch, protected + M, channels)."""
+    def spread(self, x: Tensor) -> Tensor:
+        """For each token the mean over its outputs: (batch, protected + N, channels).
+
+        `x` (batch, protected + M, channels) is of the outputs.
+        """
         assert self.back is not None, "the way back was not asked for"
         return torch.cat([x[:, : self.protected], self.back.to(x.dtype) @ x[:, self.protected :]], 1)
+
+    def restore(self, x: Tensor, tokens: Tensor, merged: Tensor) -> Tensor:
+        """All of `tokens` (batch, protected + N, channels), changed as their outputs were, from `merged` to `x`."""
+        changed = tokens + self.spread(x - merged)
+        return torch.cat([x[:, : self.protected], changed[:, self.protected :]], 1)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

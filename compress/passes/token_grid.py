@@ -82,4 +82,4 @@ def fitted(clusters: Clusters, features: Sequence[Tensor], protected: int) -> Cl
 
 def _error(features: Tensor, clusters: Clusters, protected: int) -> float:
     plan = cluster_plan(features, clusters, protected)
-    return float((plan.restore(plan.merge(features)) - features).square().sum())
+    return float((plan.spread(plan.merge(features)) - features).square().sum())

@@ -50,6 +50,12 @@ def test_writes_json_markdown_and_picture(tmp_path: Path, monkeypatch: pytest.Mo
     assert (out / "minilm.png").read_bytes() == b"picture"
 
 
+def test_a_table_may_draw_its_own_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = SimpleNamespace(PACKAGES=(), run=table, draw=lambda table, file: file.write_text(table.title))
+    assert run(monkeypatch, own, "--data", str(tmp_path), "--out", str(tmp_path)) == 0
+    assert (tmp_path / "minilm.png").read_text() == "A model"
+
+
 def test_missing_packages_are_named_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

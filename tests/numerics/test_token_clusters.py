@@ -24,14 +24,14 @@ def test_pooling_is_that_of_torch(grid, centres):
 def test_no_iteration_on_the_same_grid_is_the_identity():
     same = replace(MORE, centres=(8, 6), iterations=0, nearest=1)
     plan = cluster_plan(features(), same, 1)
-    torch.testing.assert_close(plan.restore(plan.merge(features())), features())
+    torch.testing.assert_close(plan.spread(plan.merge(features())), features())
 
 
 def test_rows_sum_to_one_so_constants_stay_and_special_tokens_pass():
     plan = cluster_plan(features(), MORE, 1)
     flat = torch.full((2, 49, 3), 0.7)
     torch.testing.assert_close(plan.merge(flat), torch.full((2, 13, 3), 0.7))
-    torch.testing.assert_close(plan.restore(plan.merge(flat)), flat)
+    torch.testing.assert_close(plan.spread(plan.merge(flat)), flat)
     assert torch.equal(plan.merge(features())[:, :1], features()[:, :1])
     assert int((plan.back > 0).sum(2).max()) == MORE.nearest
 
@@ -63,4 +63,17 @@ def test_equal_tokens_of_a_cell_are_given_back_exactly():
     values = cells.repeat_interleave(2, 2).repeat_interleave(2, 3).flatten(2).transpose(1, 2)
     sharp = replace(MORE, temperature=1e3)
     plan = cluster_plan(values, sharp, 0)
-    torch.testing.assert_close(plan.restore(plan.merge(values)), values)
+    torch.testing.assert_close(plan.spread(plan.merge(values)), values)
+
+
+def test_places_change_as_the_clusters_nearest_to_them_do():
+    values = features()
+    plan = cluster_plan(values, MORE, 1)
+    merged = plan.merge(values)
+    torch.testing.assert_close(
+        plan.restore(merged, values, merged), values
+    )  # nothing has changed: exact, not smoothed
+    moved = torch.randn(merged.shape, generator=torch.Generator().manual_seed(2))
+    given = plan.restore(merged + moved, values, merged)
+    torch.testing.assert_close(given - values, plan.spread(moved))
+    assert torch.equal(given[:, :1], (merged + moved)[:, :1])
