@@ -26,16 +26,20 @@ class Reduction(nn.Module):
     difference to the time. Gives the states, the sizes, and their terms for the attentions behind it.
     """
 
-    def __init__(self, flow: TokenFlow, heads: int) -> None:
+    def __init__(self, flow: TokenFlow, heads: int, width: int) -> None:
         super().__init__()
         self.flow = flow
         self.heads = heads
+        self.width = width
 
     def forward(self, hidden: Tensor, size: Tensor) -> tuple[Tensor | None, ...]:
-        """`hidden` (batch, tokens, channels); `size` (batch, tokens), how many each stands for."""
+        """`hidden` (batch, tokens, width); `size` (batch, tokens), how many each stands for."""
         flow, count = self.flow, self.flow.layout.count
-        if hidden.shape[1] != count or size.shape[1] != count:  # so a trace takes the number as fixed
-            raise ValueError(f"There are {hidden.shape[1]} tokens and {size.shape[1]} sizes, not {count}.")
+        wanted = count, self.width
+        if hidden.shape[1:] != wanted or size.shape[1] != count:  # so a trace takes the numbers as fixed
+            raise ValueError(
+                f"States are {tuple(hidden.shape[1:])}, with {size.shape[1]} sizes, not {wanted}."
+            )
         flow.count, flow.wants, flow.size = count, True, size
         seen = hidden.unflatten(2, (self.heads, -1)).transpose(1, 2)
         flow.attend(seen, seen, seen, None, seen.shape[-1] ** -0.5)

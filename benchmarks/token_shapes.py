@@ -122,7 +122,7 @@ def reducers(run: Run) -> list[Row]:
     both = {**hidden, "size": 1 + torch.rand(BATCH, layout.count)}
     variants = [run.written("block", _part(Block(model.module, layout.blocks[0]), hidden), hidden)]
     for method, flow in flows.items():
-        part = Reduction(flow, config.num_attention_heads)
+        part = Reduction(flow, config.num_attention_heads, config.hidden_size)
         variants.append(run.written(method, _part(part, both), both))
     timings = run.timed(variants)
     return [

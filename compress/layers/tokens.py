@@ -204,10 +204,10 @@ class TokenFlow:
         """The plan, and which tokens count, if not all do."""
         protected = self.layout.protected
         if self.how.method == "transform":
-            return transform_plan(hidden, self.size, left, protected), None
+            return transform_plan(hidden, self.size, left, protected, self.size_hides), None
         if self.how.method == "tome":
             assert self.keys is not None, "no attention has run before the first reducer"
-            return tome_plan(self.keys, self.size, left, protected), None
+            return tome_plan(self.keys, self.size, left, protected, self.size_hides), None
         scores = self._weights(hidden)
         if self.how.method == "prune":
             return prune_plan(scores, left, protected, self.how.fuse), None
@@ -270,7 +270,7 @@ class TokenFlow:
         rows = query[:, :, :1] if self.layout.protected else query
         shared = query.shape[1] // key.shape[1]
         key = key.repeat_interleave(shared, 1) if shared > 1 else key
-        scores = (rows @ key.transpose(2, 3)).float() * scaling
+        scores = (key @ rows.transpose(2, 3)).transpose(2, 3).float() * scaling  # to turn few rows costs less
         if mask is not None:
             scores = scores + mask[:, :, : scores.shape[2]].float()
         return scores.softmax(-1).mean((1, 2))

@@ -19,31 +19,36 @@ FAR = 1e4
 """What a merge costs that must not be; float16 holds it."""
 
 
-def transform_plan(hidden: Tensor, size: Tensor | None, left: int, protected: int) -> TokenPlan:
+def transform_plan(
+    hidden: Tensor, size: Tensor | None, left: int, protected: int, padded: bool = True
+) -> TokenPlan:
     """Merge the pairs that cost least by Ward's criterion until `left` stay: s t / (s + t) |x - y|^2 for sizes s and t.
 
     `hidden` (batch, tokens, channels), compared after normalization to mean zero and norm one, `size` (batch, tokens).
     The cost is how much the squared error grows of letting one state stand for all tokens of both. Tokens of size
-    zero cost nothing to merge, and take nothing in.
+    zero cost nothing to merge, and take nothing in; there are none if not `padded`.
     """
     channels = hidden.shape[-1]
-    states = layer_norm(hidden, (channels,), hidden.new_full((channels,), channels**-0.5))
-    first, second = _halves(states, protected)
+    scale = hidden.new_full((channels,), channels**-0.5)
+    first, second = (layer_norm(half, (channels,), scale) for half in _halves(hidden, protected))
     costs = 1 - first @ second.transpose(1, 2)
     if size is not None:
-        ones, others = (one[..., 0] for one in _halves(size[..., None], protected))
+        ones, others = _halves(size, protected)
         costs = costs / (_inverse(ones)[:, :, None] + _inverse(others)[:, None, :])
-        costs = costs + (others <= 0).to(costs.dtype)[:, None, :] * FAR
+        if padded:
+            costs = costs + (others <= 0).to(costs.dtype)[:, None, :] * FAR
     return bipartite_plan(costs, left, protected)
 
 
-def tome_plan(keys: Tensor, size: Tensor | None, left: int, protected: int) -> TokenPlan:
-    """Merge the pairs whose keys, `keys` (batch, heads, tokens, channels) in the mean over heads, are most alike."""
+def tome_plan(keys: Tensor, size: Tensor | None, left: int, protected: int, padded: bool = True) -> TokenPlan:
+    """Merge the pairs whose keys, `keys` (batch, heads, tokens, channels) in the mean over heads, are most alike.
+
+    Tokens of size zero go first, as they say nothing, and take nothing in; there are none if not `padded`.
+    """
     first, second = _halves(normalize(keys.float().mean(1), dim=-1), protected)
     costs = -first @ second.transpose(1, 2)
-    if size is not None:
-        ones, others = (one.float()[..., 0] for one in _halves(size[..., None], protected))
-        # Padding goes first, as it says nothing, and takes nothing in.
+    if size is not None and padded:
+        ones, others = _halves(size.float(), protected)
         costs = costs - 4 * (ones <= 0).float()[:, :, None] + FAR * (others <= 0).float()[:, None, :]
     return bipartite_plan(costs, left, protected)
 
@@ -55,8 +60,8 @@ def prune_plan(scores: Tensor, left: int, protected: int, fuse: bool) -> TokenPl
     """
     kept = left - fuse
     order = ranks(-scores[:, protected:]) + protected
-    place = torch.cat([_first(scores, protected), order.clamp(max=kept)], 1)
-    return TokenPlan(place, place < kept, left, kept)
+    rank = torch.cat([_first(scores, protected), order], 1)
+    return TokenPlan(rank.clamp(max=kept), rank, left, kept)
 
 
 def sample_plan(scores: Tensor, left: int, protected: int, samples: int) -> tuple[TokenPlan, Tensor]:
@@ -74,8 +79,8 @@ def sample_plan(scores: Tensor, left: int, protected: int, samples: int) -> tupl
     drawn = counts > 0
     order = ranks(-(shares + 2 * drawn.to(shares.dtype))) + protected
     special = _first(scores, protected)
-    place = torch.cat([special, order.clamp(max=left)], 1)
-    return TokenPlan(place, place < left, left, left), torch.cat([special >= 0, drawn], 1)
+    rank = torch.cat([special, order], 1)
+    return TokenPlan(rank.clamp(max=left), rank, left, left), torch.cat([special >= 0, drawn], 1)
 
 
 def bipartite_plan(costs: Tensor, left: int, protected: int) -> TokenPlan:
@@ -91,11 +96,14 @@ def bipartite_plan(costs: Tensor, left: int, protected: int) -> TokenPlan:
     order = ranks(cost)
     second = protected + evens - goes
     moves = order < goes
-    even = torch.where(moves, second + nearest, protected + order - goes)
+    own = protected + order - goes
     odd = (second + torch.arange(odds, device=costs.device)).expand(batch, -1)
-    place = torch.cat([_first(costs[:, 0], protected), _interleaved(even, odd)], 1)
-    stays = torch.cat([_first(costs[:, 0], protected) >= 0, _interleaved(~moves, odd >= 0)], 1)
-    return TokenPlan(place, stays, left, left)
+    special = _first(costs[:, 0], protected)
+    place, rank = (
+        torch.cat([special, _interleaved(torch.where(moves, other, own), odd)], 1)
+        for other in (second + nearest, count + order)
+    )
+    return TokenPlan(place, rank, left, second, torch.arange(protected + 1, count, 2, device=costs.device))
 
 
 def _inverse(size: Tensor) -> Tensor:
@@ -108,8 +116,13 @@ def _first(values: Tensor, count: int) -> Tensor:
 
 
 def _halves(values: Tensor, protected: int) -> tuple[Tensor, Tensor]:
-    """The rows (batch, tokens, channels) at even and odd places behind the protected."""
-    return values[:, protected::2], values[:, protected + 1 :: 2]
+    """Of `values` (batch, tokens, ...) those at even and at odd places behind the protected.
+
+    Gathered: runtimes copy whole rows so, and single numbers where a slice has steps.
+    """
+    count, device = values.shape[1], values.device
+    even, odd = (torch.arange(start, count, 2, device=device) for start in (protected, protected + 1))
+    return values.index_select(1, even), values.index_select(1, odd)
 
 
 def _interleaved(even: Tensor, odd: Tensor) -> Tensor:

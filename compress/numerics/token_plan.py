@@ -21,14 +21,22 @@ class TokenPlan:
     """How N tokens become `left`.
 
     place   (batch, N) the output to which each token goes; `left` if it is lost
-    stays   (batch, N) which tokens are the first of their output; True for `kept` tokens of each row, whose places
-            are the numbers from 0 to `kept` - 1. Outputs from number `kept` on hold moved tokens alone
+    rank    (batch, N) distinct numbers. Those from 0 to `kept` - 1 are of tokens that stay: the first of the output of
+            that number. The others move. Outputs from number `kept` on hold moved tokens alone
+    single  so many of the first outputs are one token each, to which none moves
+    takers  (outputs,) the tokens that the next outputs are made of, the same in each row, to which others move
     """
 
     place: Tensor
-    stays: Tensor
+    rank: Tensor
     left: int
-    kept: int
+    single: int
+    takers: Tensor | None = None
+
+    @property
+    def kept(self) -> int:
+        """How many tokens stay."""
+        return self.single + (0 if self.takers is None else self.takers.shape[0])
 
     def shares(self, dtype: torch.dtype) -> Tensor:
         """How much of each token goes to each output, (batch, left, N): ones and zeros."""
@@ -38,7 +46,7 @@ class TokenPlan:
         """The means of the tokens `x` (batch, N, channels) over each output, weighted by `mass` (batch, N).
 
         Also gives the mass of each output, (batch, left). By one product with the whole matrix. Without `mass` each
-        token weighs one.
+        token weighs one. The states of an output of mass zero mean nothing, and the two ways may differ there.
         """
         mass = x.new_ones(x.shape[:2]) if mass is None else mass
         shares, sums = self.shares(x.dtype), self.add(mass)
@@ -46,16 +54,16 @@ class TokenPlan:
         return (shares * (mass / own)[:, None, :]) @ x, sums
 
     def gather(self, x: Tensor, mass: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What `merge` gives, by gathering rows; the product runs over moved tokens alone."""
-        weights = (x.new_ones(x.shape[:2]) if mass is None else mass)[..., None]
-        order = self._order()
-        kept, moved = order[:, : self.kept], order[:, self.kept :]
-        shares = one_hot(self.place.gather(1, moved), self.left, x.dtype)
-        stays, goes = self._padded(take(weights, kept)), take(weights, moved)
-        sums = stays + shares @ goes
-        whole = sums.clamp(min=FLOOR)
-        spread = shares * goes.transpose(1, 2) / whole
-        return self._padded(take(x, kept)) * (stays / whole) + spread @ take(x, moved), sums[..., 0]
+        """What `merge` gives, by gathering rows; the product runs over moved tokens, and outputs that take some in."""
+        weights = x.new_ones(x.shape[:2]) if mass is None else mass
+        order = self.rank.argsort(1)
+        alone = order[:, : self.single]
+        merged, sums = [take(x, alone)], [weights.gather(1, alone)]
+        if self.single < self.left:
+            states, masses = self._taken_in(x, weights, order[:, self.kept :])
+            merged.append(states)
+            sums.append(masses)
+        return torch.cat(merged, 1), torch.cat(sums, 1)
 
     def add(self, mass: Tensor) -> Tensor:
         """The sums of `mass` (batch, N) over each output, (batch, left)."""
@@ -63,16 +71,21 @@ class TokenPlan:
 
     def founders(self) -> Tensor:
         """The token that each of the first `kept` outputs is made of, (batch, kept)."""
-        return self._order()[:, : self.kept]
+        return self.rank.argsort(1)[:, : self.kept]
 
-    def _order(self) -> Tensor:
-        """The tokens that stay, by the number of their output, and behind them the others."""
-        return torch.where(self.stays, self.place, self.place.shape[1] + self.place).argsort(1)
-
-    def _padded(self, values: Tensor) -> Tensor:
-        """`values` (batch, kept, channels) with rows of zeros behind, (batch, left, channels)."""
-        missing = self.left - self.kept
-        return torch.nn.functional.pad(values, (0, 0, 0, missing)) if missing else values
+    def _taken_in(self, x: Tensor, mass: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
+        """Means and masses of the outputs behind the `single` ones: of `takers`, if any, and the tokens `moved`."""
+        count = self.left - self.single
+        shares = one_hot(self.place.gather(1, moved) - self.single, count, x.dtype)
+        goes = shares * mass.gather(1, moved)[:, None, :]
+        sums = goes.sum(2)
+        if self.takers is None:
+            return (goes / sums.clamp(min=FLOOR)[..., None]) @ take(x, moved), sums
+        stays = mass.index_select(1, self.takers)
+        sums = sums + stays
+        whole = sums.clamp(min=FLOOR)[..., None]
+        own = x.index_select(1, self.takers) * (stays[..., None] / whole)
+        return own + (goes / whole) @ take(x, moved), sums
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def test_one_reduction_is_that_of_the_model(run: token_shapes.Run, method: str) 
     flow, number = flow_of(model), 1
     torch.manual_seed(1)
     hidden = torch.randn(2, COUNT, 32)
-    part = Reduction(flow, heads=2)
+    part = Reduction(flow, heads=2, width=32)
     given, size, bias = part(hidden, torch.ones(2, COUNT))
     assert given is not None
     assert size is not None
@@ -98,7 +98,7 @@ def test_one_reduction_is_that_of_the_model(run: token_shapes.Run, method: str) 
     flow.count, flow.wants = COUNT, True
     flow.attend(heads, heads, heads, None, 0.25)
     assert torch.allclose(flow.reduce(hidden, left, number), given, atol=1e-5)
-    with pytest.raises(ValueError, match="There are 9 tokens and 9 sizes, not 65"):
+    with pytest.raises(ValueError, match=r"States are \(9, 32\), with 9 sizes, not \(65, 32\)"):
         part(hidden[:, :9], torch.ones(2, 9))
 
 
