@@ -30,7 +30,10 @@ def transform_plan(
     """
     channels = hidden.shape[-1]
     scale = hidden.new_full((channels,), channels**-0.5)
-    first, second = (layer_norm(half, (channels,), scale) for half in _halves(hidden, protected))
+    if hidden.is_cuda:
+        first, second = _halves(layer_norm(hidden, (channels,), scale), protected)
+    else:  # so merging can use the same copies of the halves again
+        first, second = (layer_norm(half, (channels,), scale) for half in _halves(hidden, protected))
     costs = 1 - first @ second.transpose(1, 2)
     if size is not None:
         ones, others = _halves(size, protected)
@@ -118,11 +121,14 @@ def _first(values: Tensor, count: int) -> Tensor:
 def _halves(values: Tensor, protected: int) -> tuple[Tensor, Tensor]:
     """Of `values` (batch, tokens, ...) those at even and at odd places behind the protected.
 
-    Gathered: runtimes copy whole rows so, and single numbers where a slice has steps.
+    On a GPU they are views. Elsewhere they are gathered: runtimes copy whole rows so, and single numbers where a slice
+    has steps.
     """
-    count, device = values.shape[1], values.device
-    even, odd = (torch.arange(start, count, 2, device=device) for start in (protected, protected + 1))
-    return values.index_select(1, even), values.index_select(1, odd)
+    if values.is_cuda:
+        return values[:, protected::2], values[:, protected + 1 :: 2]
+    count = values.shape[1]
+    even, odd = (torch.arange(start, count, 2) for start in (protected, protected + 1))
+    return values.index_select(1, even.to(values.device)), values.index_select(1, odd.to(values.device))
 
 
 def _interleaved(even: Tensor, odd: Tensor) -> Tensor:
