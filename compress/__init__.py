@@ -17,6 +17,7 @@ from compress.passes.distill import Distill
 from compress.passes.drop_layers import DropLayers
 from compress.passes.expand_depth import ExpandDepth
 from compress.passes.factorize import Factorize
+from compress.passes.fold_batch_norm import FoldBatchNorm
 from compress.passes.fuse_layers import FuseLayers
 from compress.passes.merge_tokens import MergeTokens
 from compress.passes.quantize import Quantize
@@ -37,6 +38,7 @@ __all__ = [
     "DropLayers",
     "ExpandDepth",
     "Factorize",
+    "FoldBatchNorm",
     "FuseLayers",
     "MergeTokens",
     "Model",

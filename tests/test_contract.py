@@ -16,6 +16,7 @@ CASES = {
     "distill": ["bert", "gpt2", "llama", "vit", "t5"],
     "drop_layers": ["bert", "gpt2", "llama", "vit"],
     "expand_depth": ["bert", "gpt2", "llama", "vit"],
+    "fold_batch_norm": ["resnet", "cvt", "mobilevit", "dinov2", "convnext", "opt"],
     "fuse_layers": ["bert", "gpt2", "llama", "vit"],
     "factorize": ["bert", "gpt2", "llama", "vit", "t5"],
     "merge_tokens": ["bert", "vit"],

@@ -2,15 +2,30 @@
 
 from compress.graph.structure import (
     Attention,
-    ConvNorm,
     Graph,
     Mlp,
+    Neighbour,
     Norm,
     Projection,
+    Rescale,
+    ScoreScale,
     Stack,
     Tie,
     Weight,
 )
 from compress.graph.trace import trace
 
-__all__ = ["Attention", "ConvNorm", "Graph", "Mlp", "Norm", "Projection", "Stack", "Tie", "Weight", "trace"]
+__all__ = [
+    "Attention",
+    "Graph",
+    "Mlp",
+    "Neighbour",
+    "Norm",
+    "Projection",
+    "Rescale",
+    "ScoreScale",
+    "Stack",
+    "Tie",
+    "Weight",
+    "trace",
+]

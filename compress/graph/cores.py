@@ -40,7 +40,10 @@ class Operand:
 
 @dataclass(frozen=True)
 class Core:
-    """What one attention multiplies, what meets its scores, and the node that holds the mixture of the values."""
+    """What one attention multiplies, what meets its scores, and the node that holds the mixture of the values.
+
+    `scores` is the product of queries and keys, None where it is no op of its own.
+    """
 
     query: Operand
     key: Operand
@@ -48,6 +51,7 @@ class Core:
     mixture: Node
     biases: tuple[Bias, ...]
     is_causal: bool
+    scores: Node | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,7 @@ def from_softmax(trace: Trace, softmax: Node, products: dict[Node, Product]) -> 
         mixture=mixture,
         biases=tuple(biases),
         is_causal=False,
+        scores=scores,
     )
 
 

@@ -11,7 +11,18 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from compress.graph.ops import ELEMENTWISE, MOVES, NORMALIZES, SAME, in_place, op, operand, readers, shape
+from compress.graph.ops import (
+    AVERAGES,
+    ELEMENTWISE,
+    MOVES,
+    NORMALIZES,
+    SAME,
+    in_place,
+    op,
+    operand,
+    readers,
+    shape,
+)
 from compress.graph.record import Trace
 
 OTHER = -1
@@ -71,6 +82,8 @@ def step(node: Node, known: dict[Node, Any]) -> Any:
         return known.get(node.args[0])
     if name in MOVES:
         return move(node, known)
+    if name in AVERAGES:
+        return average(node, known[node.args[0]])
     return keep(node, known)
 
 
@@ -93,6 +106,21 @@ def move(node: Node, known: dict[Node, Any]) -> Any:
 def others(node: Node) -> Tensor:
     """Labels that say that `node` holds none of the labelled features."""
     return torch.tensor(OTHER).expand(shape(node))
+
+
+def average(node: Node, labels: Any) -> Tensor | None:
+    """The labels of means, where all values of a mean have the same."""
+    axes = operand(node, 1, "dim") if op(node) == "mean" else range(-int(op(node)[-2]), 0)
+    if not axes or not isinstance(labels, Tensor):
+        return None
+    first = labels
+    for axis in axes:
+        first = first.narrow(axis, 0, 1)
+    if not bool((first == labels).all()):
+        return None
+    if len(shape(node)) < labels.dim():
+        first = first.squeeze(tuple(axes))
+    return first.expand(shape(node))
 
 
 def keep(node: Node, known: dict[Node, Any]) -> Tensor | None:

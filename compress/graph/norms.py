@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +11,7 @@ from torch.fx import Node
 from compress.graph.flow import along, follow, label
 from compress.graph.ops import MOVES, SAME, op, operand, readers, shape, strip
 from compress.graph.record import Trace, path_of
-from compress.graph.structure import ConvNorm, Norm
+from compress.graph.structure import Norm
 from compress.graph.weights import Product
 
 Kind = Literal["layer", "rms", "batch", "group"]
@@ -203,22 +202,3 @@ def reads_features(made: Normalization, reader: Product, node: Node, labels: dic
     line = along(labels[node], reader.axis)
     features = shape(made.output)[made.axis]
     return line is not None and len(line) == features and bool((line == torch.arange(features)).all())
-
-
-def find_conv_norms(
-    normalizations: list[Normalization], products: dict[Node, Product]
-) -> tuple[ConvNorm, ...]:
-    """Weighted ops beside a batch norm, each run once, with nothing else that reads the first of the two."""
-    found = []
-    calls = Counter(made.owner for made in products.values()) + Counter(made.path for made in normalizations)
-    for made in normalizations:
-        if made.kind != "batch" or calls[made.path] > 1:
-            continue
-        before = strip(made.input)
-        if before in products and after(before) == [made.output] and calls[products[before].owner] == 1:
-            found.append(ConvNorm(products[before].owner, made.path, "conv-bn"))
-        later = after(made.output)
-        reader = products.get(later[0]) if len(later) == 1 else None
-        if reader is not None and strip(reader.input) is made.output and calls[reader.owner] == 1:
-            found.append(ConvNorm(reader.owner, made.path, "bn-conv"))
-    return tuple(found)

@@ -146,6 +146,9 @@ ELEMENTWISE = frozenset(
 )
 """Output element i depends on element i of each operand, after broadcasting."""
 
+AVERAGES = frozenset(["mean", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"])
+"""The output holds means of the values of the operand, over some of its axes: what all places share stays."""
+
 REDUCTIONS = frozenset(["mean", "sum", "var", "linalg_vector_norm", "norm", "amax", "amin", "max", "min"])
 
 SHAPE_ONLY = frozenset(
@@ -167,6 +170,9 @@ SHAPE_ONLY = frozenset(
     ]
 )
 """Ops that read the shape or the dtype of an operand, not its values."""
+
+LIKE = frozenset(["expand_as", "view_as", "reshape_as", "type_as"])
+"""Ops that read the values of their first operand, and the shape or the dtype of their second."""
 
 CONVOLUTIONS = frozenset(["conv1d", "conv2d", "conv3d", "convolution"])
 PRODUCTS = frozenset(["matmul", "bmm", "mm", "baddbmm", "einsum"])
@@ -224,7 +230,11 @@ def operand(node: Node, position: int, name: str) -> Any:
 
 def readers(node: Node) -> list[Node]:
     """The nodes that read the values of `node`."""
-    return [user for user in node.users if op(user) not in SHAPE_ONLY]
+    return [
+        user
+        for user in node.users
+        if op(user) not in SHAPE_ONLY and (op(user) not in LIKE or user.args[0] is node)
+    ]
 
 
 def strip(node: Any) -> Any:
@@ -239,3 +249,11 @@ def source(node: Any) -> Any:
     while isinstance(node, Node) and op(node) in SAME | RESHAPES:
         node = node.args[0]
     return node
+
+
+def ends(constant: Node) -> set[Node]:
+    """The nodes that read the values of `constant`, looking through moves."""
+    found: set[Node] = set()
+    for user in readers(constant):
+        found |= ends(user) if op(user) in MOVES else {user}
+    return found

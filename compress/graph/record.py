@@ -86,6 +86,15 @@ def path_of(node: Node) -> str:
     return (modules_of(node) or ("",))[-1]
 
 
+def told(node: Node) -> str:
+    """A node, in words."""
+    if op(node) == "placeholder":
+        return "an input of the model"
+    if op(node) == "output":
+        return "the output of the model"
+    return f"{op(node)} of `{path_of(node)}`" if path_of(node) else op(node)
+
+
 def record(module: nn.Module, example: Mapping[str, Tensor]) -> Trace:
     """Trace `module` on the keyword arguments `example`. The module is as it was before.
 

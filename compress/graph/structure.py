@@ -92,12 +92,56 @@ class Stack:
 
 
 @dataclass(frozen=True)
-class ConvNorm:
-    """A convolution or linear map whose only reader is a batch norm (`order` "conv-bn"), or the reverse ("bn-conv")."""
+class Neighbour:
+    """What lies beside a `Rescale` with nothing but moves and means over places in between.
 
-    conv: str
-    norm: str
-    order: Literal["conv-bn", "bn-conv"]
+    `path` is that of a weighted module (a linear map or a convolution, transposed ones too) that runs once, or the
+    `name` of another rescale. With `zeros`, zeros that are no features stand beside them (padding): a shift cannot
+    pass these.
+    """
+
+    path: str
+    zeros: bool = False
+
+
+@dataclass(frozen=True)
+class Rescale:
+    """A step that multiplies each feature by a constant and adds another: a fixed batch norm, or a layer scale.
+
+    The module at `path` does it and nothing else; where that module does more, `parameter` is the vector of it that is
+    multiplied by and not used elsewhere. `probe` is the shape of an input with one place, as (1, features, 1, 1).
+    `writer` makes what the step reads, for it alone. `readers` read what it makes, feature by feature, and nothing else
+    does. Where there is none of either, `no_writer` or `no_readers` say why.
+    """
+
+    path: str
+    probe: tuple[int, ...]
+    writer: Neighbour | None = None
+    readers: tuple[Neighbour, ...] = ()
+    no_writer: str = ""
+    no_readers: str = ""
+    parameter: str = ""
+
+    @property
+    def name(self) -> str:
+        """What neighbours call it."""
+        return f"{self.path}.{self.parameter}".strip(".")
+
+
+@dataclass(frozen=True)
+class ScoreScale:
+    """A number by which one attention multiplies its scores or its queries, in an op of its own.
+
+    The module at `path` multiplies by `factor`, or divides by its inverse; it holds that number as `attribute`, and
+    uses it nowhere else. `query` is the map of the queries. Between it and the scores there is only what commutes with
+    a factor, so that its rows can take the factor on; where they cannot, `query` is None, and `why` says why.
+    """
+
+    path: str
+    attribute: str
+    factor: float
+    query: Projection | None
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -134,7 +178,9 @@ class Graph:
     attentions: tuple[Attention, ...]
     mlps: tuple[Mlp, ...]
     norms: tuple[Norm, ...]
-    conv_norms: tuple[ConvNorm, ...]
+    rescales: tuple[Rescale, ...]
+    """In the order of execution."""
+    score_scales: tuple[ScoreScale, ...]
     ties: tuple[Tie, ...]
     residual_writers: tuple[str, ...]
     """Weighted modules whose output is added to the residual stream."""

@@ -11,9 +11,11 @@ from compress.graph.attention import find_attentions
 from compress.graph.blocks import find_stacks
 from compress.graph.macs import count_macs, sum_macs
 from compress.graph.mlp import find_mlps
-from compress.graph.norms import find_conv_norms, find_normalizations, find_norms
+from compress.graph.norms import find_normalizations, find_norms
 from compress.graph.record import record
+from compress.graph.rescales import find_rescales
 from compress.graph.residual import find_residual_writers
+from compress.graph.score_scales import find_score_scales
 from compress.graph.structure import Graph
 from compress.graph.ties import find_ties
 from compress.graph.weights import find_products, find_weights
@@ -42,7 +44,8 @@ def _traced(module: nn.Module, example: Mapping[str, Tensor]) -> Graph:
         attentions=find_attentions(run, products),
         mlps=find_mlps(run, products),
         norms=find_norms(run, normalizations, products),
-        conv_norms=find_conv_norms(normalizations, products),
+        rescales=find_rescales(run, products, normalizations),
+        score_scales=find_score_scales(run, products),
         ties=find_ties(module),
         residual_writers=find_residual_writers(run, products, normalizations),
         macs=sum_macs(run, macs, products),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from compress.graph import ConvNorm, Norm, trace
+from compress.graph import Norm, trace
 from tests.zoo import build
 
 
@@ -132,20 +132,6 @@ def test_norms_and_their_readers(name):
 @pytest.mark.parametrize("name", COUNTS)
 def test_every_norm_is_found(name):
     assert len(build(name).graph.norms) == COUNTS[name]
-
-
-def test_every_batch_norm_of_a_resnet_follows_its_convolution():
-    found = build("resnet").graph.conv_norms
-    assert len(found) == 25
-    assert all(pair.order == "conv-bn" for pair in found)
-    path = "resnet.encoder.stages.0.layers.0"
-    assert ConvNorm(f"{path}.shortcut.convolution", f"{path}.shortcut.normalization", "conv-bn") in found
-
-
-def test_a_batch_norm_before_a_convolution():
-    module = nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 6, 1), nn.ReLU())
-    found = trace(module.eval(), {"input": torch.randn(2, 4, 5, 5)}).conv_norms
-    assert found == (ConvNorm("2", "1", "bn-conv"),)
 
 
 class Written(nn.Module):
