@@ -32,6 +32,7 @@ bench: .venv/installed-bench  ## all tables of docs/benchmarks.md, from the fold
 	$(BIN)/python -m benchmarks language --data "$(DATA)" --model "$(LANGUAGE_MODEL)" --out $(OUT)/bench
 	$(BIN)/python -m benchmarks vision --data "$(DATA)" --model "$(VISION_MODEL)" --out $(OUT)/bench
 	$(BIN)/python -m benchmarks.token_shapes --out $(OUT)/bench/token_shapes.json
+	$(BIN)/python -m benchmarks.folded
 	$(BIN)/python -m benchmarks.memory
 
 clean:  ## remove everything that these targets made
