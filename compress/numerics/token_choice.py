@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, normalize, pad
 
-from compress.numerics.token_plan import FLOOR, TokenPlan, precedes, ranks
+from compress.numerics.token_plan import FLOOR, TokenPlan, leading, precedes, ranks
 
 FAR = 1e4
 """What a merge costs that must not be; float16 holds it."""
@@ -62,9 +62,9 @@ def prune_plan(scores: Tensor, left: int, protected: int, fuse: bool) -> TokenPl
     The fused token is the last, and counts among the `left`.
     """
     kept = left - fuse
-    order = ranks(-scores[:, protected:]) + protected
-    rank = torch.cat([_first(scores, protected), order], 1)
-    return TokenPlan(rank.clamp(max=kept), rank, left, kept)
+    rank = ranks(-scores[:, protected:])
+    place = torch.cat([leading(scores, protected), (rank + protected).clamp(max=kept)], 1)
+    return TokenPlan(place, rank, _free(scores, protected), left, kept, protected)
 
 
 def sample_plan(scores: Tensor, left: int, protected: int, samples: int) -> tuple[TokenPlan, Tensor]:
@@ -80,10 +80,11 @@ def sample_plan(scores: Tensor, left: int, protected: int, samples: int) -> tupl
     before = (precedes(shares).to(shares.dtype) @ shares[..., None])[..., 0]
     counts = ((before + shares) * samples + 0.5).floor() - (before * samples + 0.5).floor()
     drawn = counts > 0
-    order = ranks(-(shares + 2 * drawn.to(shares.dtype))) + protected
-    special = _first(scores, protected)
-    rank = torch.cat([special, order], 1)
-    return TokenPlan(rank.clamp(max=left), rank, left, left), torch.cat([special >= 0, drawn], 1)
+    rank = ranks(-(shares + 2 * drawn.to(shares.dtype)))
+    special = leading(scores, protected)
+    place = torch.cat([special, (rank + protected).clamp(max=left)], 1)
+    plan = TokenPlan(place, rank, _free(scores, protected), left, left, protected)
+    return plan, torch.cat([special >= 0, drawn], 1)
 
 
 def bipartite_plan(costs: Tensor, left: int, protected: int) -> TokenPlan:
@@ -99,23 +100,24 @@ def bipartite_plan(costs: Tensor, left: int, protected: int) -> TokenPlan:
     order = ranks(cost)
     second = protected + evens - goes
     moves = order < goes
-    own = protected + order - goes
+    own = order - goes
+    even = torch.where(moves, second + nearest, protected + own)
     odd = (second + torch.arange(odds, device=costs.device)).expand(batch, -1)
-    special = _first(costs[:, 0], protected)
-    place, rank = (
-        torch.cat([special, _interleaved(torch.where(moves, other, own), odd)], 1)
-        for other in (second + nearest, count + order)
+    place = torch.cat([leading(cost, protected), _interleaved(even, odd)], 1)
+    rank = torch.where(moves, own + evens, own)
+    free, takers = (
+        torch.arange(start, count, 2, device=costs.device) for start in (protected, protected + 1)
     )
-    return TokenPlan(place, rank, left, second, torch.arange(protected + 1, count, 2, device=costs.device))
+    return TokenPlan(place, rank, free, left, second, protected, takers)
 
 
 def _inverse(size: Tensor) -> Tensor:
     return 1 / size.clamp(min=FLOOR)
 
 
-def _first(values: Tensor, count: int) -> Tensor:
-    """The numbers from 0 to `count` - 1 for each row of `values`, (batch, count)."""
-    return torch.arange(count, device=values.device).expand(values.shape[0], -1)
+def _free(scores: Tensor, protected: int) -> Tensor:
+    """All tokens of `scores` (batch, tokens) that are not protected."""
+    return torch.arange(protected, scores.shape[1], device=scores.device)
 
 
 def _halves(values: Tensor, protected: int) -> tuple[Tensor, Tensor]:

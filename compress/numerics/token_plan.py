@@ -20,23 +20,22 @@ FLOOR = 1e-6
 class TokenPlan:
     """How N tokens become `left`.
 
+    Outputs are, in this order: the `protected` first tokens; those of the `free` tokens that stay, `single` with the
+    protected; the `takers`, to which others move; and, if `left` is more than these, what moved tokens alone make.
+
     place   (batch, N) the output to which each token goes; `left` if it is lost
-    rank    (batch, N) distinct numbers. Those from 0 to `kept` - 1 are of tokens that stay: the first of the output of
-            that number. The others move. Outputs from number `kept` on hold moved tokens alone
-    single  so many of the first outputs are one token each, to which none moves
-    takers  (outputs,) the tokens that the next outputs are made of, the same in each row, to which others move
+    rank    (batch, free) from 0: in this order the free tokens stay, and behind the last that stays they move
+    free    (free,) tokens that may stay or move, the same in each row
+    takers  (takers,) tokens that stay, the same in each row, to which others move; None if there are none
     """
 
     place: Tensor
     rank: Tensor
+    free: Tensor
     left: int
     single: int
+    protected: int
     takers: Tensor | None = None
-
-    @property
-    def kept(self) -> int:
-        """How many tokens stay."""
-        return self.single + (0 if self.takers is None else self.takers.shape[0])
 
     def shares(self, dtype: torch.dtype) -> Tensor:
         """How much of each token goes to each output, (batch, left, N): ones and zeros."""
@@ -56,11 +55,10 @@ class TokenPlan:
     def gather(self, x: Tensor, mass: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What `merge` gives, by gathering rows; the product runs over moved tokens, and outputs that take some in."""
         weights = x.new_ones(x.shape[:2]) if mass is None else mass
-        order = self.rank.argsort(1)
-        alone = order[:, : self.single]
+        alone, moved = self._sorted()
         merged, sums = [take(x, alone)], [weights.gather(1, alone)]
         if self.single < self.left:
-            states, masses = self._taken_in(x, weights, order[:, self.kept :])
+            states, masses = self._taken_in(x, weights, moved)
             merged.append(states)
             sums.append(masses)
         return torch.cat(merged, 1), torch.cat(sums, 1)
@@ -70,8 +68,17 @@ class TokenPlan:
         return (self.shares(mass.dtype) @ mass[..., None])[..., 0]
 
     def founders(self) -> Tensor:
-        """The token that each of the first `kept` outputs is made of, (batch, kept)."""
-        return self.rank.argsort(1)[:, : self.kept]
+        """The tokens that stay, in the order of the outputs that they are the first of, (batch, tokens that stay)."""
+        alone, _ = self._sorted()
+        if self.takers is None:
+            return alone
+        return torch.cat([alone, self.takers.expand(alone.shape[0], -1)], 1)
+
+    def _sorted(self) -> tuple[Tensor, Tensor]:
+        """The tokens of the `single` outputs, and those that move."""
+        free = self.free[self.rank.argsort(1)]
+        stay = self.single - self.protected
+        return torch.cat([leading(free, self.protected), free[:, :stay]], 1), free[:, stay:]
 
     def _taken_in(self, x: Tensor, mass: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
         """Means and masses of the outputs behind the `single` ones: of `takers`, if any, and the tokens `moved`."""
@@ -125,6 +132,11 @@ class SoftPlan:
         """All of `tokens` (batch, protected + N, channels), changed as their outputs were, from `merged` to `x`."""
         changed = tokens + self.spread(x - merged)
         return torch.cat([x[:, : self.protected], changed[:, self.protected :]], 1)
+
+
+def leading(values: Tensor, count: int) -> Tensor:
+    """The numbers from 0 to `count` - 1 for each row of `values`, (batch, count)."""
+    return torch.arange(count, device=values.device).expand(values.shape[0], -1)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
