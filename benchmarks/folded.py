@@ -21,8 +21,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import ResNetConfig, ResNetForImageClassification
 
 import compress
+from benchmarks.exported import VERSIONS, Row, Run, add_timing, markdown, times
 from benchmarks.machine import this_machine
-from benchmarks.token_shapes import VERSIONS, Row, Run, markdown, structured
+from benchmarks.random_pictures import structured
 from compress.console import hush, progress
 from compress.passes.base import Pass
 from compress.progress import track
@@ -66,10 +67,7 @@ def folded(run: Run, model: compress.Model) -> list[Row]:
         error = float((given - wanted).abs().max() / wanted.abs().max())
         rows.append({"variant": name, **_nodes(run.scratch / name / GRAPH), "error": error})
     timings = run.timed(variants)
-    return [
-        {**row, "ms": 1e3 * timings.seconds(row["variant"]).median, "speed": timings.speedup(row["variant"])}
-        for row in rows
-    ]
+    return [row | times(timings, row["variant"]) for row in rows]
 
 
 def classifier(config: ResNetConfig) -> compress.Model:
@@ -95,9 +93,7 @@ def _nodes(file: Path) -> dict[str, str]:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.folded", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="alternating rounds over all variants")
-    parser.add_argument("--calls", type=int, default=20, help="timed calls a process")
-    parser.add_argument("--threads", type=int, default=2)
+    add_timing(parser, calls=20)
     return parser.parse_args()
 
 

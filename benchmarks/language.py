@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +115,7 @@ def _losses(
 def _row(
     name: str, folder: Path, losses: Mapping[str, Mapping[str, float]], timings: Mapping[str, Timings]
 ) -> Row:
-    facts = json.loads((folder / ours.FACTS).read_text(encoding="utf-8"))
+    facts = ours.facts(folder)
     figures = {MACS: facts["macs"] / 1e6, MINUTES: facts["seconds"] / 60}
     for text, found in losses.items():
         figures[f"{text}: log-perplexity"] = found[name]

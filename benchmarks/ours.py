@@ -103,5 +103,10 @@ def _make(
     return outcome.model, seconds
 
 
+def facts(folder: Path) -> dict[str, float]:
+    """What is noted beside the artifact in `folder`: `seconds` and `macs`."""
+    return json.loads((folder / FACTS).read_text(encoding="utf-8"))
+
+
 def _note(into: Path, seconds: float, macs: float) -> None:
     (into / FACTS).write_text(json.dumps({"seconds": seconds, "macs": macs}), encoding="utf-8")

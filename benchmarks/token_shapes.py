@@ -14,25 +14,24 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 import compress
-import export
+from benchmarks.exported import VERSIONS, Row, Run, add_timing, markdown, times
 from benchmarks.machine import this_machine
+from benchmarks.random_pictures import structured
 from benchmarks.token_parts import Block, Reduction, cut_off, fewer, flow_of
 from compress.console import hush, progress
 from compress.example import example_inputs
-from compress.progress import Observer, track
-from compress.timing import Spread, Timings, Variant, measure
+from compress.progress import track
+from compress.timing import Spread, Timings
 from export.runners import OnnxRunner
 
 DEIT_S = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "image_size": 224}
@@ -46,37 +45,8 @@ DENSE = ((0.7, 3), (0.5, 3))
 """The share of the multiply-accumulates that is left, and the block before which reduction begins."""
 PICTURES = 4
 """The error is taken over so many pictures."""
-OCTAVES = (2, 4, 8, 16, 32, 64)
-"""Rows and columns of the noise of which pictures are made."""
 
 UNCOMPRESSED, CUT = "uncompressed", "no work: as many tokens, cut off"
-VERSIONS = ("modelpress", "torch", "transformers", "onnx", "onnxruntime")
-
-Cell = str | float | Spread
-Row = dict[str, Cell]
-
-
-@dataclass(frozen=True)
-class Run:
-    """Where artifacts go, and how much is timed."""
-
-    scratch: Path
-    rounds: int
-    calls: int
-    threads: int
-    observer: Observer
-
-    def written(self, name: str, model: compress.Model, inputs: Mapping[str, Tensor]) -> Variant:
-        """`model`, exported into the folder `name` and to be timed on `inputs`."""
-        file = self.scratch / f"{name}.safetensors"
-        save_file(dict(inputs), file)
-        target = export.Onnx(runtime="cpu")
-        return target.variant(target.write(model, self.scratch / name), name, file)
-
-    def timed(self, variants: Sequence[Variant]) -> Timings:
-        """The times of `variants`, with the first as the baseline."""
-        first = variants[0].name
-        return measure(variants, self.rounds, self.calls, first, threads=self.threads, observer=self.observer)
 
 
 def main() -> int:
@@ -107,7 +77,7 @@ def classifier(run: Run) -> list[Row]:
     exported = track(run.observer, "export classifiers", list(models.items()))
     timings = run.timed([run.written(name, one, {"pixel_values": pixels}) for name, one in exported])
     return [
-        {"variant": name, "MACs left, %": _share(one, model)} | _times(timings, name)
+        {"variant": name, "MACs left, %": _share(one, model)} | times(timings, name)
         for name, one in models.items()
     ]
 
@@ -150,7 +120,7 @@ def dense(run: Run) -> list[Row]:
         error = float((given - wanted).norm() / wanted.norm())
         rows.append({"variant": name, "MACs left, %": _share(reduced, model), "error": error})
     timings = run.timed(variants)
-    return [row | _times(timings, row["variant"]) for row in rows]
+    return [row | times(timings, row["variant"]) for row in rows]
 
 
 TABLES = {
@@ -158,36 +128,6 @@ TABLES = {
     f"One reduction against one block of DeiT-S, batch {BATCH}": reducers,
     "Dense prediction, ViT-B at 512 x 512, batch 1": dense,
 }
-
-
-def structured(count: int, side: int, seed: int) -> Tensor:
-    """Random pictures (count, 3, side, side) in which near places are alike: noise of octaves, coarse ones stronger."""
-    generator = torch.Generator().manual_seed(seed)
-    pictures = torch.zeros(count, 3, side, side)
-    for cells in OCTAVES:
-        noise = torch.randn(count, 3, cells, cells, generator=generator) / cells
-        pictures += interpolate(noise, size=side, mode="bicubic")
-    return pictures / pictures.std((1, 2, 3), keepdim=True)
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """The rows as a table; all have the columns of the first."""
-    lines = [
-        list(rows[0]),
-        ["---", *["---:"] * (len(rows[0]) - 1)],
-        *(map(_cell, row.values()) for row in rows),
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _cell(value: Cell) -> str:
-    if isinstance(value, Spread):
-        return f"{value.median:.2f} ({value.low:.2f} to {value.high:.2f})"
-    return value if isinstance(value, str) else f"{value:.4g}"
-
-
-def _times(timings: Timings, name: str) -> Row:
-    return {"ms": 1e3 * timings.seconds(name).median, "speed": timings.speedup(name)}
 
 
 def _per_cent(timings: Timings, name: str) -> Spread:
@@ -235,9 +175,7 @@ def _share(model: compress.Model, original: compress.Model) -> float:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.token_shapes", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="alternating rounds over all variants")
-    parser.add_argument("--calls", type=int, default=5, help="timed calls a process")
-    parser.add_argument("--threads", type=int, default=2)
+    add_timing(parser, calls=5)
     parser.add_argument("--scratch", type=Path, help="folder for the artifacts, some 5 GB, which are removed")
     parser.add_argument("--out", type=Path, default=Path("build/bench/token_shapes.json"))
     return parser.parse_args()

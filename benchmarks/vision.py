@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,7 +115,7 @@ def _row(
     wanted: Tensor,
     timings: Timings,
 ) -> Row:
-    macs, whole = (_macs(built[one].folder) for one in (name, BASELINE))
+    macs, whole = (ours.facts(built[one].folder)["macs"] for one in (name, BASELINE))
     right, before = (classifying.top1(logits[one], wanted) for one in (name, BASELINE))
     return Row(
         name=name,
@@ -131,7 +130,3 @@ def _row(
         seconds={SHAPE: timings.seconds(name)},
         speedup={SHAPE: timings.speedup(name)},
     )
-
-
-def _macs(folder: Path) -> float:
-    return json.loads((folder / ours.FACTS).read_text(encoding="utf-8"))["macs"]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from compress.graph.cores import Core, Operand, find_cores
-from compress.graph.flow import CARRIERS, along, common, follow, label, sources
+from compress.graph.flow import CARRIERS, common, follow, in_order, label, sources
 from compress.graph.masks import is_causal, is_relative
 from compress.graph.ops import MOVES, NOT_A_PATH, op, readers, shape
 from compress.graph.record import Trace, path_of
@@ -157,9 +157,8 @@ def output_of(trace: Trace, core: Core, query: Side, products: dict[Node, Produc
     if len(ends) != 1 or ends[0][1] not in products or products[ends[0][1]].input is not ends[0][0]:
         return None
     made = products[ends[0][1]]
-    line = along(reached[made.input], made.axis)
-    in_order = line is not None and bool((line == torch.arange(len(line))).all())
-    return projection(made) if in_order and made.owner not in ambiguous(products) else None
+    whole = in_order(reached[made.input], made.axis)
+    return projection(made) if whole and made.owner not in ambiguous(products) else None
 
 
 def same_sequence(query: Node, key: Node) -> bool:

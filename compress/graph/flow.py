@@ -155,6 +155,17 @@ def along(labels: Any, axis: int) -> Tensor | None:
     return line if bool(((lines == line) | (lines == ZERO)).all()) else None
 
 
+def in_order(labels: Any, axis: int, features: int | None = None) -> bool:
+    """Whether `labels` number along `axis` the features from 0 on, in order, at every place but for padded zeros.
+
+    `features`: how many there must be; None for any number.
+    """
+    line = along(labels, axis)
+    if line is None or features not in (None, len(line)):
+        return False
+    return bool((line == torch.arange(len(line))).all())
+
+
 def without_copies(labels: Tensor) -> Tensor:
     """`labels` with the axes before the last cut to one place where they repeat one place in memory."""
     for axis in range(labels.dim() - 1):

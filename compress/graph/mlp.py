@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from compress.graph.activations import name_of
-from compress.graph.flow import along, common, compute, follow, label
+from compress.graph.flow import along, common, compute, follow, in_order, label
 from compress.graph.ops import ELEMENTWISE, MOVES, op, shape
 from compress.graph.record import Trace
 from compress.graph.structure import Mlp
@@ -145,8 +145,7 @@ def aligned(trace: Trace, tap: Tap, down: Product) -> bool:
     """Whether feature i of the tap becomes input feature i of `down`."""
     within = trace.ancestors[down.input]
     reached = follow(trace, tap.nodes[0], label(tap.nodes[0], tap.axis), MOVES | ELEMENTWISE, within)
-    line = along(reached.get(down.input), down.axis)
-    return line is not None and bool((line == torch.arange(len(line))).all())
+    return in_order(reached.get(down.input), down.axis)
 
 
 def activation(trace: Trace, down: Product, taps: list[Tap]) -> tuple[str, int, int] | None:

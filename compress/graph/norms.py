@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch.fx import Node
 
-from compress.graph.flow import along, follow, label
-from compress.graph.ops import MOVES, SAME, op, operand, readers, shape, strip
+from compress.graph.flow import follow, in_order, label
+from compress.graph.ops import MOVES, QUOTIENTS, SAME, op, operand, readers, shape, strip
 from compress.graph.record import Trace, path_of
 from compress.graph.structure import Norm
 from compress.graph.weights import Product
@@ -115,9 +114,7 @@ def scales_by(user: Node, root: Node, squared: Node) -> bool:
     """Whether `user` is x times `root`, or x divided by it, where `squared` is x."""
     if op(user) == "mul":
         return {strip(read) for read in user.args[:2]} == {squared, root} and op(root) != "sqrt"
-    return (
-        op(user) in ("div", "true_divide") and strip(user.args[0]) is squared and strip(user.args[1]) is root
-    )
+    return op(user) in QUOTIENTS and strip(user.args[0]) is squared and strip(user.args[1]) is root
 
 
 def affine_part(trace: Trace, scaled: Node) -> tuple[Node, list[Node]]:
@@ -199,6 +196,4 @@ def reads_features(made: Normalization, reader: Product, node: Node, labels: dic
     """Whether input feature i of `reader` is feature i of the norm, everywhere."""
     if reader.input is not node or reader.kind == "embedding":
         return False
-    line = along(labels[node], reader.axis)
-    features = shape(made.output)[made.axis]
-    return line is not None and len(line) == features and bool((line == torch.arange(features)).all())
+    return in_order(labels[node], reader.axis, shape(made.output)[made.axis])

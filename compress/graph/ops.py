@@ -174,6 +174,8 @@ SHAPE_ONLY = frozenset(
 LIKE = frozenset(["expand_as", "view_as", "reshape_as", "type_as"])
 """Ops that read the values of their first operand, and the shape or the dtype of their second."""
 
+QUOTIENTS = frozenset(["div", "true_divide"])
+FACTORS = QUOTIENTS | {"mul"}
 CONVOLUTIONS = frozenset(["conv1d", "conv2d", "conv3d", "convolution"])
 PRODUCTS = frozenset(["matmul", "bmm", "mm", "baddbmm", "einsum"])
 """Products of two tensors, where neither need be a weight."""

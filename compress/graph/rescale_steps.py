@@ -9,11 +9,10 @@ import torch
 from torch.fx import Node
 
 from compress.graph.flow import compute
-from compress.graph.ops import SAME, ends, op, operand, readers, shape, source
+from compress.graph.ops import FACTORS, SAME, ends, op, operand, readers, shape, source
 from compress.graph.record import Trace, modules_of, path_of
 from compress.graph.weights import name_here
 
-FACTORS = frozenset(["mul", "div", "true_divide"])
 SUMS = frozenset(["add", "sub"])
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 
-from compress.graph.flow import CARRIERS, ZERO, along, follow, label
+from compress.graph.flow import CARRIERS, ZERO, follow, in_order, label
 from compress.graph.norms import Normalization
 from compress.graph.ops import AVERAGES, MOVES, op, operand, readers, shape
 from compress.graph.record import Trace, told
@@ -79,7 +77,7 @@ def writer_of(step: Step, around: Surroundings) -> tuple[Neighbour | None, str]:
     start = label(node, made.axis)
     within = around.trace.ancestors[step.input]
     labels = follow(around.trace, node, start, CARRIERS | AVERAGES, within).get(step.input)
-    if not in_order(labels, step.axis, step.features, shape(node)[made.axis]):
+    if shape(node)[made.axis] != step.features or not in_order(labels, step.axis, step.features):
         return None, f"its features are not those of `{name_of(made)}`"
     return Neighbour(name_of(made), has_zeros(labels)), ""
 
@@ -101,13 +99,6 @@ def readers_of(step: Step, around: Surroundings) -> tuple[tuple[Neighbour, ...],
                 return (), why
             found[name_of(made)] = Neighbour(name_of(made), has_zeros(labels) or pads(made))
     return tuple(found.values()), "" if found else "nothing reads it"
-
-
-def in_order(labels: Any, axis: int, features: int, of: int | None = None) -> bool:
-    """Whether `labels` number along `axis` all the `features`, in order, at every place but for padded zeros."""
-    line = along(labels, axis)
-    same = line is not None and len(line) == features and of in (None, features)
-    return same and bool((line == torch.arange(features)).all())
 
 
 def has_zeros(labels: Tensor) -> bool:

@@ -12,13 +12,12 @@ from torch.fx import Node
 from compress.graph.attention import Side
 from compress.graph.cores import Core, find_cores
 from compress.graph.flow import CARRIERS, follow, label, without_copies
-from compress.graph.ops import MOVES, op, readers
+from compress.graph.ops import FACTORS, MOVES, QUOTIENTS, op, readers
 from compress.graph.record import Trace, path_of, told
 from compress.graph.structure import ScoreScale
 from compress.graph.takers import Takers
 from compress.graph.weights import Product
 
-QUOTIENTS = frozenset(["div", "true_divide"])
 TURNS = frozenset(["neg", "view_as_complex", "view_as_real"])
 
 
@@ -56,13 +55,11 @@ def between(trace: Trace, start: Node, end: Node) -> list[Node]:
 def factors(core: Core, way: list[Node]) -> Iterator[tuple[Node, float]]:
     """The products with a number on the way of the queries and right after the scores, with the number."""
     node, after = core.scores, []
-    while (
-        node is not None and len(users := readers(node)) == 1 and op(users[0]) in MOVES | QUOTIENTS | {"mul"}
-    ):
+    while node is not None and len(users := readers(node)) == 1 and op(users[0]) in MOVES | FACTORS:
         node = users[0]
         after.append(node)
     for node in (*way, *after):
-        number = node.args[1] if op(node) in QUOTIENTS | {"mul"} and len(node.args) > 1 else None
+        number = node.args[1] if op(node) in FACTORS and len(node.args) > 1 else None
         if isinstance(number, int | float) and number not in (0, 1):
             yield node, float(number) if op(node) == "mul" else 1 / number
 

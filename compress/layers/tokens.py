@@ -20,7 +20,7 @@ from compress.calls import Slot, given, placed, states, with_states
 from compress.errors import Unsuitable
 from compress.numerics.token_choice import prune_plan, sample_plan, tome_plan, transform_plan
 from compress.numerics.token_clusters import Clusters, cluster_plan
-from compress.numerics.token_plan import SoftPlan, TokenPlan, take
+from compress.numerics.token_plan import SoftPlan, TokenPlan, leading, take
 
 Method = Literal["transform", "tome", "prune", "sample", "cluster"]
 MASKED = -1e4
@@ -219,7 +219,7 @@ class TokenFlow:
 
     def _track(self, plan: TokenPlan, hidden: Tensor) -> None:
         """Note which token of `plan` has each first position, and what a position was that has none any more."""
-        first = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[0], -1)
+        first = leading(hidden, hidden.shape[1])
         if self.layout.biased:
             self.origin = (first if self.origin is None else self.origin).gather(1, plan.founders())
         if not self.tracks:

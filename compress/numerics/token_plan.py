@@ -116,8 +116,7 @@ class SoftPlan:
     def owner(self) -> Tensor:
         """The output that each token is given back from most, (batch, protected + N)."""
         assert self.back is not None, "the way back was not asked for"
-        batch = self.back.shape[0]
-        special = torch.arange(self.protected, device=self.back.device).expand(batch, -1)
+        special = leading(self.back, self.protected)
         return torch.cat([special, self.protected + self.back.argmax(2)], 1)
 
     def spread(self, x: Tensor) -> Tensor:

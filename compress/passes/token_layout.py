@@ -192,9 +192,8 @@ def _step(settings: MergeTokens, views: Views, width: int, head: int) -> Callabl
         return products * (before - protected) * (after - protected) * width
 
     def other(before: int, after: int) -> float:
-        takers = (
-            (before - protected) / 2 if compared else settings.method == "prune"
-        )  # outputs that others move to
+        # Others move to half of the tokens, or to the one that `prune` makes of them.
+        takers = (before - protected) / 2 if compared else settings.method == "prune"
         merged = (after * before if settings.by == "matrix" else takers * (before - after)) * width
         looks = (1 if protected else before) * before * width if not compared else 0
         return before * before / 4 * compared + looks + merged

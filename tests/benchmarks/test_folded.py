@@ -2,40 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
 import pytest
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import ResNetConfig
 
-from benchmarks import folded, token_shapes
-from compress.progress import SILENT
-from compress.timing import Spread, Timings, Variant
-from export.runners import timed_call
+from benchmarks import folded
+from benchmarks.exported import Run
+from compress.timing import Spread
 
 SMALL = {"embedding_size": 16, "hidden_sizes": [32, 64], "depths": [1, 1], "num_labels": 5}
 
 
-def measured(
-    variants: Sequence[Variant], rounds: int, calls: int, baseline: str, *, threads: int, **_: Any
-) -> Timings:
-    """Runs each variant once. As if the second were twice as fast as the first, the third three times, and so on."""
-    for variant in variants:
-        timed_call(**variant.arguments, threads=threads)()
-    seconds = {one.name: (1 / number, 2 / number) for number, one in enumerate(variants, start=1)}
-    return Timings(baseline, calls, threads, seconds)
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> token_shapes.Run:
-    monkeypatch.setattr(token_shapes, "measure", measured)
+def test_a_batch_norm_is_left_only_behind_a_quantized_convolution(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(folded, "SIDE", 32)
-    return token_shapes.Run(tmp_path, rounds=2, calls=1, threads=1, observer=SILENT)
-
-
-def test_a_batch_norm_is_left_only_behind_a_quantized_convolution(run: token_shapes.Run) -> None:
     rows = folded.folded(run, folded.classifier(ResNetConfig(**SMALL)))
     assert [row["variant"] for row in rows] == list(folded.VARIANTS)
     assert [row["batch norms"] for row in rows] == ["0", "0", "6", "0"]

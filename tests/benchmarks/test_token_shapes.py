@@ -2,20 +2,19 @@
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import compress
 from benchmarks import token_shapes
+from benchmarks.exported import Run
+from benchmarks.random_pictures import structured
 from benchmarks.token_parts import Block, Reduction, cut_off, fewer, flow_of
 from compress.progress import SILENT
-from compress.timing import Spread, Timings, Variant
-from export.runners import timed_call
+from compress.timing import Spread
 
 SMALL = {
     "hidden_size": 32,
@@ -28,33 +27,18 @@ SMALL = {
 COUNT = 65
 
 
-def measured(
-    variants: Sequence[Variant], rounds: int, calls: int, baseline: str, *, threads: int, **_: Any
-) -> Timings:
-    """Runs each variant once. As if the second were twice as fast as the first, the third three times, and so on."""
-    for variant in variants:
-        assert variant.maker == "export.runners:timed_call"
-        timed_call(**variant.arguments, threads=threads)()
-    seconds = {one.name: (1 / number, 2 / number) for number, one in enumerate(variants, start=1)}
-    return Timings(baseline, calls, threads, seconds)
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> token_shapes.Run:
-    monkeypatch.setattr(token_shapes, "measure", measured)
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_shapes, "DEIT_S", SMALL)
     monkeypatch.setattr(token_shapes, "VIT_B", SMALL)
     monkeypatch.setattr(token_shapes, "BATCH", 3)
-    return token_shapes.Run(tmp_path, rounds=2, calls=1, threads=1, observer=SILENT)
 
 
 def reduced(method: str) -> compress.Model:
     return token_shapes._reduced(token_shapes._classifier(), method=method, keep=0.6)
 
 
-def test_the_classifier_beside_one_that_does_no_work(
-    run: token_shapes.Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_classifier_beside_one_that_does_no_work(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_shapes, "METHODS", ("tome",))
     whole, tome, cut = token_shapes.classifier(run)
     assert [row["variant"] for row in (whole, tome, cut)] == ["uncompressed", "tome", token_shapes.CUT]
@@ -63,7 +47,7 @@ def test_the_classifier_beside_one_that_does_no_work(
     assert tome["speed"] == Spread(2, 2, 2)
 
 
-def test_tokens_cut_off_are_the_last(run: token_shapes.Run) -> None:
+def test_tokens_cut_off_are_the_last() -> None:
     model = cut_off(reduced("transform"))
     seen: dict[str, torch.Tensor] = {}
     block = model.module.get_submodule(flow_of(model).layout.blocks[1])
@@ -77,7 +61,7 @@ def test_tokens_cut_off_are_the_last(run: token_shapes.Run) -> None:
 
 
 @pytest.mark.parametrize("method", ["transform", "tome", "prune"])
-def test_one_reduction_is_that_of_the_model(run: token_shapes.Run, method: str) -> None:
+def test_one_reduction_is_that_of_the_model(method: str) -> None:
     """Sizes of one, and the states that the second block is given: what the model itself hands to that block."""
     model = reduced(method)
     flow, number = flow_of(model), 1
@@ -102,7 +86,7 @@ def test_one_reduction_is_that_of_the_model(run: token_shapes.Run, method: str) 
         part(hidden[:, :9], torch.ones(2, 9))
 
 
-def test_reducers_in_per_cent_of_a_block(run: token_shapes.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reducers_in_per_cent_of_a_block(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_shapes, "METHODS", ("tome", "prune"))
     tome, prune = token_shapes.reducers(run)
     assert (tome["reducer"], prune["reducer"]) == ("tome", "prune")
@@ -112,14 +96,14 @@ def test_reducers_in_per_cent_of_a_block(run: token_shapes.Run, monkeypatch: pyt
     assert prune["% of a block"].median == pytest.approx(100 / 3)
 
 
-def test_a_block_is_that_of_the_model(run: token_shapes.Run) -> None:
+def test_a_block_is_that_of_the_model() -> None:
     model = token_shapes._classifier()
     path = flow_of(reduced("tome")).layout.blocks[2]
     hidden = torch.randn(2, COUNT, 32)
     assert torch.equal(Block(model.module, path)(hidden), model.module.get_submodule(path)(hidden))
 
 
-def test_dense_models_by_their_error(run: token_shapes.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dense_models_by_their_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_shapes, "DENSE", ((0.7, 1),))
     monkeypatch.setattr(token_shapes, "DENSE_METHODS", ("cluster", "tome"))
     whole, cluster, tome = token_shapes.dense(run)
@@ -134,19 +118,19 @@ def test_dense_models_by_their_error(run: token_shapes.Run, monkeypatch: pytest.
 
 
 def test_pictures_are_smooth_and_not_white() -> None:
-    pictures = token_shapes.structured(2, 96, seed=3)
+    pictures = structured(2, 96, seed=3)
     assert pictures.shape == (2, 3, 96, 96)
     assert torch.allclose(pictures.std((1, 2, 3)), torch.ones(2), atol=1e-4)
     step = (pictures[..., 1:] - pictures[..., :-1]).std()
     assert 0.01 < step < 0.2
-    assert not torch.equal(pictures, token_shapes.structured(2, 96, seed=4))
+    assert not torch.equal(pictures, structured(2, 96, seed=4))
 
 
 def test_what_is_printed_and_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def table(run: token_shapes.Run) -> list[token_shapes.Row]:
-        assert replace(run, scratch=tmp_path, observer=SILENT) == token_shapes.Run(tmp_path, 3, 5, 2, SILENT)
+    def table(run: Run) -> list[token_shapes.Row]:
+        assert replace(run, scratch=tmp_path, observer=SILENT) == Run(tmp_path, 3, 5, 2, SILENT)
         return [{"variant": "one", "ms": 12.3456, "speed": Spread(1.5, 1.4, 1.61)}]
 
     monkeypatch.setattr(token_shapes, "TABLES", {"A table": table})
