@@ -44,6 +44,7 @@ def fit(
     context: Context,
     what: str,
     rates: Mapping[str, float],
+    before_step: Callable[[int], None] | None,
 ) -> Trained:
     """What `compress.training.train` says, for arguments that it has checked."""
     begun = time.perf_counter()
@@ -56,6 +57,8 @@ def fit(
     ):
         arguments = _arguments(settings, context, folder, device_of(module))
         trainer = _Trainer(_Objective(module, loss), batches, settings, arguments, rates, running, what)
+        if before_step is not None:
+            trainer.add_callback(_BeforeStep(before_step))
         trainer.train(resume_from_checkpoint=trainer.resumed)
         module.zero_grad()
     module.eval()
@@ -179,6 +182,17 @@ class _Progress(TrainerCallback):
         del args, control
         if "loss" in (logs or {}):
             log.debug("step %d of %d: loss %.6g", state.global_step, state.max_steps, logs["loss"])
+
+
+class _BeforeStep(TrainerCallback):
+    """Tells the number of each step before it."""
+
+    def __init__(self, tell: Callable[[int], None]) -> None:
+        self.tell = tell
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        del args, control
+        self.tell(state.global_step)
 
 
 def _arguments(

@@ -75,13 +75,15 @@ def train(
     context: Context,
     what: str,
     rates: Mapping[str, float] | None = None,
+    before_step: Callable[[int], None] | None = None,
 ) -> Trained:
     """Train the parameters of `module` that ask for gradients, in place, to make `loss` small over `batches`.
 
     The module stays in evaluation mode, so that there is no dropout and no batch norm moves: what is trained is what
     is exported. It comes back on the device that it was on. Batches are mappings of tensors, batch dimension first,
     gone through in an order shuffled by the seed, again and again. `rates` gives parameters learning rates of their
-    own, by name. With `context.scratch` the state is kept there every tenth of the steps, and a run of the same
+    own, by name. `before_step` is told the number of each step, from 0, before its first batch: for what changes in
+    training by plan. With `context.scratch` the state is kept there every tenth of the steps, and a run of the same
     `what`, settings and weights goes on from it.
 
     Raises `DataError` without a batch, `Unsuitable` if nothing trains, `UsageError` if the processes cannot share
@@ -96,7 +98,7 @@ def train(
             f"{what}: there are no parameters {', '.join(sorted(unknown))} to give learning rates to.",
             "Name parameters as `named_parameters` of the module does.",
         )
-    return fit(module, batches, loss, settings, context, what, rates or {})
+    return fit(module, batches, loss, settings, context, what, rates or {}, before_step)
 
 
 def training_batches(context: Context, what: str) -> Sequence[Inputs]:

@@ -128,6 +128,24 @@ def test_rates_are_by_name():
         run(module, rates={"9.weight": 1.0})
 
 
+def test_each_step_is_announced_by_its_number(tmp_path):
+    heard = []
+    accumulating = Training(steps=6, learning_rate=1e-2, accumulate=2)
+    run(network(), accumulating, before_step=heard.append)
+    assert heard == [0, 1, 2, 3, 4, 5]
+    stopped, context = [], Context(scratch=tmp_path)
+
+    def stop(step: int) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+        stopped.append(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(network(), accumulating, context, before_step=stop)
+    run(network(), accumulating, context, before_step=stopped.append)
+    assert stopped == [0, 1, 2, 3, 4, 5]
+
+
 def test_matrices_decay_and_vectors_do_not():
     module = network()
     still = Training(steps=1, learning_rate=1e-1, warmup=0, weight_decay=0.5)

@@ -7,48 +7,29 @@ energy), and `minilm` (relations between tokens in the last attention: Wang et a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from compress.data import spread
-from compress.errors import Unproved, Unsuitable
-from compress.passes.base import Context, Needs, Pass, Result
-from compress.report import Change, Effect, Skip
-from compress.training import Training, train, training_batches, training_only
+from compress.errors import Unsuitable
+from compress.passes.base import Context, Result
+from compress.passes.taught import AGREED, Taught, lessons, require_fall
+from compress.report import Change, Skip
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from compress.model import Inputs, Model
-    from compress.training import Loss
-
-AGREED = 1e-8
-"""A loss below this is rounding: there is nothing to learn from the teacher."""
-MEASURED = 8
-"""So many of the batches, evenly spread, say what the loss was before and is after."""
+    from compress.model import Model
 
 
-class Distill(Training, Pass):
+class Distill(Taught):
     """Train the model to answer as its teacher does: the model that the run began with."""
-
-    effect: ClassVar[Effect] = "lossy"
-    needs: ClassVar[Needs] = "training"
 
     use: Literal["distill"] = "distill"
     steps: int = Field(default=400, ge=1)
     """Steps of the optimizer."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """The largest learning rate."""
-    loss: Literal["auto", "logits", "hidden", "minilm"] = "auto"
-    """What is compared: the distributions over classes or words; the states between blocks; the relations between
-    tokens in the last attention. `auto`: `logits` where the model has them, else `hidden`."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Of `logits`: distributions are softened by it."""
-    relation_heads: int | None = Field(default=None, ge=1)
-    """Of `minilm`: cut queries, keys and values into so many heads and relate each with itself, so that teacher and
-    student may have different heads. Without it, their own heads: attentions and value relations."""
     train_embeddings: bool = False
     """Also train embeddings, and a head that is tied to one."""
 
@@ -60,23 +41,17 @@ class Distill(Training, Pass):
             )
 
     def apply(self, model: Model, context: Context) -> Result:
-        from compress.passes.teaching import objective, require_teacher
-
         self.check(model)
-        batches = training_batches(context, self.use)
-        with require_teacher(context).on(context.device) as teacher:
-            kind, loss = objective(self, model, teacher)
-            seen = spread(batches, MEASURED)
-            before = _mean_loss(model.module, loss, seen)
+        with lessons(self, model, context) as lesson:
+            before = lesson.mean_loss(model.module)
             if before < AGREED:
                 why = "it answers as its teacher does already; put `distill` after the passes that compress"
                 return Result(model.module, (), (Skip("the model", why),))
-            names = _reached(model.module, self._candidates(model), loss, seen[0])
-            with training_only(model.module, names):
-                train(model.module, batches, loss, self, context, f"distill: {kind}")
-            after = _mean_loss(model.module, loss, seen)
-        _require_fall(before, after)
-        change = self._change(model.module, names, kind, before, after)
+            names = lesson.reached(model.module, self._candidates(model))
+            lesson.learn(model.module, names)
+            after = lesson.mean_loss(model.module)
+        require_fall(self.use, before, after)
+        change = self._change(model.module, names, lesson.kind, before, after)
         return Result(model.module, (change,), self._skips(model))
 
     def restore(self, module: nn.Module, record: dict[str, Any]) -> nn.Module:
@@ -123,33 +98,3 @@ def _embedded(model: Model) -> set[nn.Parameter]:
     """The parameters of embeddings, and so of heads that are tied to one."""
     paths = [weight.path for weight in model.graph.weights if weight.role == "embedding"]
     return {parameter for path in paths for parameter in model.module.get_submodule(path).parameters(False)}
-
-
-def _mean_loss(module: nn.Module, loss: Loss, batches: Sequence[Inputs]) -> float:
-    import torch
-
-    with torch.no_grad():
-        return sum(float(loss(module, batch)) for batch in batches) / len(batches)
-
-
-def _reached(module: nn.Module, names: list[str], loss: Loss, batch: Inputs) -> list[str]:
-    """Those of the parameters called `names` that the loss depends on."""
-    import torch
-
-    with torch.enable_grad(), training_only(module, names):
-        value = loss(module, batch)
-        wanted = [module.get_parameter(name) for name in names]
-        if not value.requires_grad:
-            raise Unsuitable(
-                "The loss of `distill` depends on no parameter in its scope.", "Widen the scope."
-            )
-        found = torch.autograd.grad(value, wanted, allow_unused=True)
-    return [name for name, one in zip(names, found, strict=True) if one is not None]
-
-
-def _require_fall(before: float, after: float) -> None:
-    if not after < before:
-        raise Unproved(
-            f"`distill` did not lower its loss: {before:.4g} before and {after:.4g} after.",
-            "Lower the learning rate, take more steps, or give more data.",
-        )

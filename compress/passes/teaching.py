@@ -1,4 +1,4 @@
-"""What a student is asked: the losses of `distill`, as functions of a module and a batch."""
+"""What a student is asked: the losses of passes that are taught, as functions of a module and a batch."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from compress.passes.moments import CLASSES_LAST
 from compress.training import Loss
 
 if TYPE_CHECKING:
-    from compress.passes.distill import Distill
+    from compress.passes.taught import Taught
 
 
-def require_teacher(context: Context) -> Model:
-    """The context's teacher. Raises `UsageError` if there is none."""
+def require_teacher(context: Context, use: str) -> Model:
+    """The context's teacher, for the pass `use`. Raises `UsageError` if there is none."""
     if context.teacher is None:
         raise UsageError(
-            "`distill` needs a teacher, and the context has none.",
+            f"`{use}` needs a teacher, and the context has none.",
             "Run it with `compress.apply` or `compress.run`, or give `Context(teacher=MODEL)`.",
         )
     return context.teacher
 
 
-def objective(settings: Distill, model: Model, teacher: Model) -> tuple[str, Loss]:
+def objective(settings: Taught, model: Model, teacher: Model) -> tuple[str, Loss]:
     """What is compared, and the loss that compares it. Raises `Unsuitable` where the models cannot be compared so."""
     kind = settings.loss
     if kind == "auto":
@@ -50,6 +50,9 @@ def objective(settings: Distill, model: Model, teacher: Model) -> tuple[str, Los
         return kind, logits_loss(model, teacher, settings.temperature)
     if kind == "hidden":
         return kind, hidden_loss(model, teacher)
+    if kind == "both":
+        logits, hidden = logits_loss(model, teacher, settings.temperature), hidden_loss(model, teacher)
+        return "logits and hidden", lambda module, batch: logits(module, batch) + hidden(module, batch)
     return kind, relations_loss(model, teacher, settings.relation_heads)
 
 

@@ -19,7 +19,14 @@ from compress.passes.base import Context
 from compress.passes.distill import Distill
 from compress.passes.factorize import Factorize
 from compress.passes.quantize import Quantize
-from compress.passes.teaching import hidden_loss, last_attention, listen, logits_loss, relations_loss
+from compress.passes.teaching import (
+    hidden_loss,
+    last_attention,
+    listen,
+    logits_loss,
+    objective,
+    relations_loss,
+)
 from compress.pipeline import run
 from compress.scope import Scope
 from tests import tiny
@@ -97,6 +104,18 @@ def losses(student: Model, teacher: Model) -> dict[str, torch.Tensor]:
         "relations": relations_loss(student, teacher, 4),
     }
     return {name: loss(student.module, student.example) for name, loss in made.items()}
+
+
+def test_both_is_the_sum_of_logits_and_hidden():
+    model = build("gpt2")
+    student, apart = shaken(model), losses(shaken(model), model)
+    kind, loss = objective(Distill(loss="both"), student, model)
+    assert kind == "logits and hidden"
+    with torch.no_grad():
+        given = float(loss(student.module, model.example))
+    assert given == pytest.approx(float(apart["logits"] + apart["hidden"]))
+    (change,) = taught(model, student, loss="both").steps[0].changes
+    assert change.what == "trained on logits and hidden"
 
 
 @pytest.mark.parametrize("name", ["bert-masked", "gpt2"])

@@ -1,0 +1,114 @@
+"""Passes that train against a teacher: their settings, and the lesson that they give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from compress.data import spread
+from compress.errors import Unproved, Unsuitable
+from compress.passes.base import Context, Needs, Pass
+from compress.report import Effect
+from compress.training import Training, train, training_batches, training_only
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from compress.model import Inputs, Model
+    from compress.training import Loss
+
+AGREED = 1e-8
+"""A loss below this is rounding: there is nothing to learn from the teacher."""
+MEASURED = 8
+"""So many of the batches, evenly spread, say what the loss was before and is after."""
+
+
+class Taught(Training, Pass):
+    """A pass that trains the model to answer as its teacher does: the model that the run began with."""
+
+    effect: ClassVar[Effect] = "lossy"
+    needs: ClassVar[Needs] = "training"
+
+    loss: Literal["auto", "logits", "hidden", "both", "minilm"] = "auto"
+    """What is compared: the distributions over classes or words; the states between blocks; the sum of `both`; the
+    relations between tokens in the last attention. `auto`: `logits` where the model has them, else `hidden`."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of `logits`: distributions are softened by it."""
+    relation_heads: int | None = Field(default=None, ge=1)
+    """Of `minilm`: cut queries, keys and values into so many heads and relate each with itself, so that teacher and
+    student may have different heads. Without it, their own heads: attentions and value relations."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A teacher's question, the batches that it is asked about, and how the pass `settings` learns from it."""
+
+    settings: Taught
+    context: Context
+    batches: Sequence[Inputs]
+    kind: str
+    """What is compared, in the words of `Taught.loss`."""
+    loss: Loss
+
+    def mean_loss(self, module: nn.Module) -> float:
+        """The loss of `module` on a few batches, evenly spread."""
+        import torch
+
+        seen = spread(self.batches, MEASURED)
+        with torch.no_grad():
+            return sum(float(self.loss(module, batch)) for batch in seen) / len(seen)
+
+    def reached(self, module: nn.Module, names: Sequence[str]) -> list[str]:
+        """Those of the parameters called `names` that the loss depends on. Raises `Unsuitable` if there are none."""
+        import torch
+
+        with torch.enable_grad(), training_only(module, names):
+            value = self.loss(module, self.batches[0])
+            wanted = [module.get_parameter(name) for name in names]
+            if not value.requires_grad:
+                raise Unsuitable(
+                    f"The loss of `{self.settings.use}` depends on no parameter in its scope.",
+                    "Widen the scope.",
+                )
+            found = torch.autograd.grad(value, wanted, allow_unused=True)
+        return [name for name, one in zip(names, found, strict=True) if one is not None]
+
+    def learn(
+        self,
+        module: nn.Module,
+        names: Sequence[str],
+        before_step: Callable[[int], None] | None = None,
+        rates: Mapping[str, float] | None = None,
+    ) -> None:
+        """Train the parameters called `names`; see `compress.training.train`."""
+        what = f"{self.settings.use}: {self.kind}"
+        with training_only(module, names):
+            train(module, self.batches, self.loss, self.settings, self.context, what, rates, before_step)
+
+
+@contextmanager
+def lessons(settings: Taught, model: Model, context: Context) -> Iterator[Lesson]:
+    """The lesson that `settings` asks for, with the teacher on the context's device inside the block.
+
+    `model` has the form in which it will be taught. Raises `DataError` without training data, `UsageError` without
+    a teacher, and `Unsuitable` where teacher and student cannot be compared so.
+    """
+    from compress.passes.teaching import objective, require_teacher
+
+    batches = training_batches(context, settings.use)
+    with require_teacher(context, settings.use).on(context.device) as teacher:
+        kind, loss = objective(settings, model, teacher)
+        yield Lesson(settings, context, batches, kind, loss)
+
+
+def require_fall(use: str, before: float, after: float) -> None:
+    """Raise `Unproved` unless the pass `use` lowered its loss."""
+    if not after < before:
+        raise Unproved(
+            f"`{use}` did not lower its loss: {before:.4g} before and {after:.4g} after.",
+            "Lower the learning rate, take more steps, or give more data.",
+        )
