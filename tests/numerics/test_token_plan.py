@@ -20,15 +20,16 @@ def scores():
     return torch.rand(BATCH, COUNT, generator=torch.Generator().manual_seed(2))
 
 
-def plans():
-    hidden, size = states()
-    keys = torch.randn(BATCH, 2, COUNT, 4, generator=torch.Generator().manual_seed(1))
+def plans(device="cpu"):
+    hidden, size = (one.to(device) for one in states())
+    keys = torch.randn(BATCH, 2, COUNT, 4, generator=torch.Generator().manual_seed(1)).to(device)
+    looks = scores().to(device)
     return {
         "transform": transform_plan(hidden, size, LEFT, PROTECTED),
         "tome": tome_plan(keys, size, LEFT, PROTECTED),
-        "prune": prune_plan(scores(), LEFT, PROTECTED, False),
-        "prune, fused": prune_plan(scores(), LEFT, PROTECTED, True),
-        "sample": sample_plan(scores(), LEFT, PROTECTED, COUNT)[0],
+        "prune": prune_plan(looks, LEFT, PROTECTED, False),
+        "prune, fused": prune_plan(looks, LEFT, PROTECTED, True),
+        "sample": sample_plan(looks, LEFT, PROTECTED, COUNT)[0],
     }
 
 
@@ -151,3 +152,21 @@ def test_sampling_keeps_all_equal_scores_and_few_of_peaked_ones():
     drawn = sample_plan(peaked, COUNT, PROTECTED, COUNT - PROTECTED)[1]
     assert drawn[:, PROTECTED:].sum(1).tolist() == [1, 1, 1]
     assert bool(drawn[:, 7].all())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", plans())
+def test_a_gpu_scatters_and_sorts_to_the_same_plans(name):
+    here, there = plans()[name], plans("cuda")[name]
+    hidden, size = states()
+    for part in ("place", "rank"):
+        assert torch.equal(getattr(here, part), getattr(there, part).cpu())
+    assert torch.equal(here.shares(torch.float32), there.shares(torch.float32).cpu())
+    for wanted, given in zip(here.merge(hidden, size), there.merge(hidden.cuda(), size.cuda()), strict=True):
+        torch.testing.assert_close(wanted, given.cpu())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_orders_equal_values_as_they_come():
+    values = torch.randint(0, 4, (5, 50), generator=torch.Generator().manual_seed(0)).float()
+    assert torch.equal(ranks(values), ranks(values.cuda()).cpu())
