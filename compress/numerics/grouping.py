@@ -22,7 +22,7 @@ def in_order(sizes: Sequence[int]) -> Groups:
 
 
 def alike(similarity: Tensor, count: int) -> Groups:
-    """`count` groups of equal size whose heads are alike: the similarities (heads, heads) within groups have a large sum.
+    """`count` groups of equal size whose heads are alike: similarities (heads, heads) within groups have a large sum.
 
     From contiguous groups on, the exchange of two heads that gains most is made, until none gains. Deterministic.
     """

@@ -43,7 +43,10 @@ class Layout:
         first, second = ([pair[side] for pair in self.pairs] for side in (0, 1))
         maps = rest.new_empty(rest.shape[1], self.size, rest.shape[-1])
         maps[:, self.rest] = rest[0]
-        maps[:, first], maps[:, second] = turned[:, :, 0].real.transpose(0, 1), turned[:, :, 0].imag.transpose(0, 1)
+        maps[:, first], maps[:, second] = (
+            turned[:, :, 0].real.transpose(0, 1),
+            turned[:, :, 0].imag.transpose(0, 1),
+        )
         return maps
 
 
@@ -95,6 +98,6 @@ def likeness(blocks: Sequence[Tensor], root: Tensor) -> Tensor:
 
 
 def cosines(maps: Tensor, root: Tensor) -> Tensor:
-    """The cosine of what the heads' `maps` (heads, features, in) make, (heads, heads); `root` (in, in) of the moment."""
+    """The cosines of what `maps` (heads, features, in) make, (heads, heads); `root` (in, in) of the inputs' moment."""
     made = (maps @ root).flatten(1)
     return torch.nn.functional.normalize(made, dim=1) @ torch.nn.functional.normalize(made, dim=1).T

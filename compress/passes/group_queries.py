@@ -1,9 +1,9 @@
 """Fewer key and value heads: multi-head attention becomes grouped-query attention, or a grouped one has fewer groups.
 
-Each group of heads gets one key and value head (Ainslie et al. 2023, arXiv 2305.13245): their mean, as in the paper, or a
-head fitted jointly to all of them, after "Align Attention Heads Before Merging Them" (arXiv 2412.20677), which is known
-to us by its abstract alone. Which heads are grouped is chosen by their likeness, by their order, or by the norms of their
-keys: the static form of key-driven grouping (Khan et al. 2024, arXiv 2408.08454), allocated once on calibration data.
+Each group of heads gets one key and value head (Ainslie et al. 2023, arXiv 2305.13245): their mean, as in the paper, or
+a head fitted jointly to all of them, after "Align Attention Heads Before Merging Them" (arXiv 2412.20677), which is
+known to us by its abstract alone. Which heads are grouped is chosen by their likeness, by their order, or by the norms
+of their keys: the static form of key-driven grouping (arXiv 2408.08454), allocated once on calibration data.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class GroupQueries(Pass):
     """Which heads are grouped: those alike in what they compute, equally many in each group; neighbours, equally many;
     neighbours, the fewer the smaller the norm of their keys is."""
     pooling: Literal["joint", "mean"] = "joint"
-    """What a shared head is: fitted to all heads of its group, with a map of each head in its queries and in the output;
-    or the mean of the heads."""
+    """What a shared head is: fitted to all heads of its group, with a map of each in its queries and in the output; or
+    the mean of the heads."""
     unhealed: bool = False
     """Go on with the shared heads although no pass after this one trains them."""
 
@@ -75,11 +75,9 @@ class GroupQueries(Pass):
             return Result(model.module, (), tuple(skips))
         plans = [self._plan(model, *one) for one in grouped]
         changes = tuple(_change(one, self.pooling, setting) for one in plans)
-        if setting is None:
-            record = write_repeated(model.module, plans)
-        else:
-            record = write_setting(model, plans, setting)
-        return Result(model.module, changes, tuple(skips), record)
+        module = model.module
+        record = write_setting(model, plans, setting) if setting else write_repeated(module, plans)
+        return Result(module, changes, tuple(skips), record)
 
     def restore(self, module: nn.Module, record: dict[str, Any]) -> nn.Module:
         from compress.passes.head_forms import restore_form

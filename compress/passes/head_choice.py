@@ -22,8 +22,12 @@ def reason_to_skip(model: Model, attention: Attention, kv_heads: int, even: bool
             "`grouping: norms`"
         )
     if attention.heads % attention.kv_heads:
-        return f"its {attention.heads} query heads do not share {attention.kv_heads} key and value heads evenly"
-    whys = [_of_map(model, name, side) for name, side in (*sides.items(), ("mixture", attention.output)) if side]
+        return (
+            f"its {attention.heads} query heads do not share {attention.kv_heads} key and value heads evenly"
+        )
+    whys = [
+        _of_map(model, name, side) for name, side in (*sides.items(), ("mixture", attention.output)) if side
+    ]
     return next(filter(None, whys), "")
 
 

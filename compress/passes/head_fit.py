@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -31,12 +32,12 @@ class Seen:
     queries: Tensor
     keys: Tensor
 
-    @property
+    @cached_property
     def root(self) -> Tensor:
         """A root of the moment of the keys' inputs."""
         return root(self.keys)
 
-    @property
+    @cached_property
     def centred_root(self) -> Tensor:
         """A root of the covariance of the keys' inputs."""
         mean = self.keys[:, -1]

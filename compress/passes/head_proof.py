@@ -1,4 +1,4 @@
-"""Whether an attention is what the trace says: changes of its maps that must change nothing are tried on the example."""
+"""Whether an attention is what the trace says: changes of its maps that must change nothing are tried."""
 
 from __future__ import annotations
 
@@ -62,9 +62,7 @@ def _near_one(block: Tensor, generator: torch.Generator) -> Tensor:
     return torch.eye(size, dtype=kind) + 0.3 * noise / max(size, 1) ** 0.5
 
 
-def _stays(
-    model: Model, attentions: Sequence[Attention], turn: Turn, expected: Mapping[str, Tensor]
-) -> bool:
+def _stays(model: Model, attentions: Sequence[Attention], turn: Turn, expected: Mapping[str, Tensor]) -> bool:
     before = [read_maps(model.module, one) for one in attentions]
     for attention, maps in zip(attentions, before, strict=True):
         write_maps(model.module, attention, turn(attention, maps))
