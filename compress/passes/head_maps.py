@@ -31,7 +31,8 @@ def read_maps(module: nn.Module, attention: Attention) -> HeadMaps:
     query, key, value = sides(attention)
     output = None
     if attention.output is not None:
-        mixed = matrix(module.get_submodule(attention.output.path)).double().cpu()
+        weight = matrix(module.get_submodule(attention.output.path))
+        mixed = weight.to("cpu", torch.float64, copy=True)  # no view, which would follow what is written
         output = mixed.unflatten(1, (attention.heads, -1)).transpose(0, 1)
     shared = attention.heads // attention.kv_heads
     return HeadMaps(
