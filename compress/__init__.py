@@ -19,6 +19,7 @@ from compress.passes.expand_depth import ExpandDepth
 from compress.passes.factorize import Factorize
 from compress.passes.fold_batch_norm import FoldBatchNorm
 from compress.passes.fuse_layers import FuseLayers
+from compress.passes.group_queries import GroupQueries
 from compress.passes.merge_tokens import MergeTokens
 from compress.passes.quantize import Quantize
 from compress.passes.smooth import Smooth
@@ -40,6 +41,7 @@ __all__ = [
     "Factorize",
     "FoldBatchNorm",
     "FuseLayers",
+    "GroupQueries",
     "MergeTokens",
     "Model",
     "ModelpressError",

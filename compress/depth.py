@@ -157,11 +157,11 @@ def _fit_configs(module: nn.Module, count: int, sources: Sequence[int]) -> None:
     A module that has no config, or none that says how many blocks there are, is left as it is.
     """
     config = getattr(module, "config", None)
-    wanted = _shapes(module)
+    wanted = shapes_of(module)
     for trial, names in _trials(config, count, sources):
-        built = _built(type(module), trial)
-        if built is not None and _shapes(built) == wanted:
-            _adopt(module, built, names)
+        built = built_from(type(module), trial)
+        if built is not None and shapes_of(built) == wanted:
+            adopt(module, built, names)
             return
 
 
@@ -207,7 +207,7 @@ def _made(kind: type[Any], **settings: Any) -> dict[str, Any]:
         return {}
 
 
-def _built(kind: type[nn.Module], config: Any) -> nn.Module | None:
+def built_from(kind: type[nn.Module], config: Any) -> nn.Module | None:
     """A module of class `kind` without weights, or None if `config` makes none."""
     try:
         with torch.device("meta"):
@@ -217,7 +217,7 @@ def _built(kind: type[nn.Module], config: Any) -> nn.Module | None:
         return None
 
 
-def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+def shapes_of(module: nn.Module) -> dict[str, torch.Size]:
     """The shapes of all tensors, those that another stack computes from a gene as well."""
     computed = {
         f"{path}.{name}": getattr(part, name)
@@ -228,7 +228,7 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in (own | computed).items()}
 
 
-def _adopt(module: nn.Module, built: nn.Module, names: set[str]) -> None:
+def adopt(module: nn.Module, built: nn.Module, names: set[str]) -> None:
     """Take the attributes `names` of all configs over from those of `built`."""
     others = dict(built.named_modules())
     for path, part in module.named_modules():

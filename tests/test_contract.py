@@ -19,6 +19,7 @@ CASES = {
     "fold_batch_norm": ["resnet", "cvt", "mobilevit", "dinov2", "convnext", "opt"],
     "fuse_layers": ["bert", "gpt2", "llama", "vit"],
     "factorize": ["bert", "gpt2", "llama", "vit", "t5"],
+    "group_queries": ["bert", "gpt2", "llama", "phi3", "gpt-neox", "bloom", "qwen3", "t5", "opt"],
     "merge_tokens": ["bert", "vit"],
     "smooth": ["llama", "gpt2", "vit", "qwen3"],
     "quantize": ["bert", "gpt2", "llama", "vit", "resnet", "t5", "whisper"],
@@ -28,6 +29,7 @@ SETTINGS = {
     "distill": {"steps": 8, "learning_rate": 1e-4},
     "drop_layers": {"remove": 1},
     "expand_depth": {"depth": 4, "unhealed": True},
+    "group_queries": {"kv_heads": 1, "unhealed": True},
     "merge_tokens": {"remove": 3},
     "fuse_layers": {"remove": 1, "steps": 4, "learning_rate": 1e-3},
 }

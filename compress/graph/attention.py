@@ -12,8 +12,9 @@ from compress.graph.cores import Core, Operand, find_cores
 from compress.graph.flow import CARRIERS, common, follow, in_order, label, sources
 from compress.graph.masks import is_causal, is_relative
 from compress.graph.ops import MOVES, NOT_A_PATH, op, readers, shape
-from compress.graph.record import Trace, path_of
+from compress.graph.record import Trace, path_of, told
 from compress.graph.structure import Attention, Projection
+from compress.graph.ways import Pairs, bent, between, pairs_of_a_head, rotated
 from compress.graph.weights import Product, ambiguous, projection
 
 
@@ -47,7 +48,16 @@ def answer(trace: Trace, core: Core, products: dict[Node, Product], known: dict[
         causal=causal,
         cross=is_cross,
         positions=positions(trace, core, query, known),
+        pairs=query.pairs() or (),
+        bend=bend(trace, query, key),
     )
+
+
+def bend(trace: Trace, query: Side, key: Side) -> str:
+    """What keeps a linear map between queries and keys from commuting with all that lies before the scores, or ""."""
+    if (pairs := query.pairs()) is None or pairs != key.pairs():
+        return "its queries and keys are not rotated in the same plain pairs of features"
+    return query.bend(trace, "queries") or key.bend(trace, "keys")
 
 
 def positions(trace: Trace, core: Core, query: Side, known: dict) -> Literal["none", "rotary", "relative"]:
@@ -105,22 +115,18 @@ class Side:
 
     def is_rotated(self) -> bool:
         """Whether features of a head are mixed with one another on the way: a sum of two different arrangements."""
-        for node in self.labels:
-            found = [
-                self.labels[read]
-                for read in node.all_input_nodes
-                if isinstance(self.labels.get(read), Tensor)
-            ]
-            if op(node) == "view_as_complex":
-                return True
-            if op(node) in ("add", "sub") and len(found) == 2 and different(*found):
-                return True
-        return False
+        return bool(rotated(self.labels))
 
+    def pairs(self) -> Pairs | None:
+        """The features of a head that are rotated together; None where that is no plain pairing."""
+        return None if self.rows is None else pairs_of_a_head(self.labels, self.rows)
 
-def different(first: Tensor, second: Tensor) -> bool:
-    """Whether two label tensors differ, after broadcasting."""
-    return not bool((first == second).all())
+    def bend(self, trace: Trace, name: str) -> str:
+        """What keeps the features that the map makes from coming to the scores linearly, or ""; `name` is theirs."""
+        if self.product is None:
+            return f"its {name} come from no single map"
+        node = bent(trace, self.product.node, between(trace, self.product.node, self.operand.node))
+        return "" if node is None else f"{told(node)} stands between the map of its {name} and its scores"
 
 
 def distinct(rows: Tensor) -> list[tuple[int, ...]]:

@@ -42,6 +42,7 @@ RESHAPES = frozenset(
         "permute",
         "t",
         "mT",
+        "numpy_T",
         "movedim",
         "swapaxes",
         "unsqueeze",

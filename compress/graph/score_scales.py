@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -12,13 +11,12 @@ from torch.fx import Node
 from compress.graph.attention import Side
 from compress.graph.cores import Core, find_cores
 from compress.graph.flow import CARRIERS, follow, label, without_copies
-from compress.graph.ops import FACTORS, MOVES, QUOTIENTS, op, readers
+from compress.graph.ops import FACTORS, MOVES, op, readers
 from compress.graph.record import Trace, path_of, told
 from compress.graph.structure import ScoreScale
 from compress.graph.takers import Takers
+from compress.graph.ways import bent, between, numbers
 from compress.graph.weights import Product
-
-TURNS = frozenset(["neg", "view_as_complex", "view_as_real"])
 
 
 def find_score_scales(trace: Trace, products: dict[Node, Product]) -> tuple[ScoreScale, ...]:
@@ -40,16 +38,11 @@ def obstacle(trace: Trace, takers: Takers, core: Core, side: Side, way: list[Nod
     """Why the map of the queries cannot take a factor on, or ""."""
     if side.product is None or side.rows is None:
         return "its queries come from no single map"
-    return (
-        takers.refusal(side.product)
-        or bent(trace, side.product.node, way)
-        or shared(trace, side.product, side.rows, way, core)
-    )
-
-
-def between(trace: Trace, start: Node, end: Node) -> list[Node]:
-    """The nodes from `start`, left out, to `end`, in order."""
-    return [node for node in trace.above(end) if node is not start and trace.depends(node, start)]
+    if refused := takers.refusal(side.product):
+        return refused
+    if (node := bent(trace, side.product.node, way)) is not None:
+        return f"{told(node)} stands between the map of its queries and its scores"
+    return shared(trace, side.product, side.rows, way, core)
 
 
 def factors(core: Core, way: list[Node]) -> Iterator[tuple[Node, float]]:
@@ -80,26 +73,6 @@ def attribute_of(trace: Trace, node: Node) -> tuple[str, str]:
 def running(trace: Trace, path: str) -> list[Node]:
     """The nodes that run in the forward of the module at `path` itself."""
     return [node for node in trace.nodes if node.op == "call_function" and path_of(node) == path]
-
-
-def numbers(values: Iterable[Any]) -> list[float]:
-    """The floats among `values`."""
-    return [value for value in values if type(value) is float]
-
-
-def bent(trace: Trace, start: Node, way: list[Node]) -> str:
-    """What on the `way` from `start` does not commute with a factor, or ""."""
-    for node in way:
-        scaled = [read for read in node.all_input_nodes if trace.depends(read, start)]
-        if op(node) == "mul" or (op(node) in QUOTIENTS and node.args[0] in scaled):
-            commutes = len(scaled) == 1
-        elif op(node) in ("add", "sub", "cat", "stack"):
-            commutes = len(scaled) == len(node.all_input_nodes) and not numbers(node.args)
-        else:
-            commutes = op(node) in MOVES | TURNS
-        if not commutes:
-            return f"{told(node)} stands between the map of its queries and its scores"
-    return ""
 
 
 def shared(trace: Trace, made: Product, rows: Tensor, way: list[Node], core: Core) -> str:

@@ -47,6 +47,11 @@ class Attention:
     cross: bool
     positions: Literal["none", "rotary", "relative"]
     """How positions enter inside the attention; learned absolute positions enter at the embeddings."""
+    pairs: tuple[tuple[int, int], ...] = ()
+    """Of rotary positions, the features of a head that are rotated together, as numbers among its rows of `query` and
+    of `key`. Maps of a head's features that act on each pair as a complex number commute with the rotation."""
+    bend: str = ""
+    """Why the scores are no bilinear function, up to the rotation, of what `query` and `key` make; "" if they are."""
 
 
 @dataclass(frozen=True)
