@@ -40,7 +40,7 @@ class RepBatchNorm(nn.Module):
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, features: int, alpha: float = 1.0) -> None:
+    def __init__(self, features: int, alpha: float = 0.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(features))
         self.bias = nn.Parameter(torch.zeros(features))

@@ -36,8 +36,10 @@ class ProgressiveBatchNorm(Taught):
     are no logits."""
     decay: float = Field(default=0.6, ge=0, le=1)
     """The share of the steps in which lambda falls from 1 to 0. In the rest the batch norms are alone."""
-    alpha: float = 1.0
-    """What alpha begins with; it trains. The batch norm is fitted to the norm with it."""
+    alpha: float = 0.0
+    """What alpha begins with; it trains. The batch norms are fitted to the norms with it. The paper begins with 1 for
+    models that are trained from the start: in a trained one the residual stream is wide, and its share grows from block
+    to block."""
     statistics: int = Field(default=64, ge=1)
     """So many of the training batches, evenly spread, give the statistics in the end."""
     merge: bool = True
