@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,27 +47,35 @@ def fading_norms(module: nn.Module, norms: Mapping[str, int], alpha: float) -> I
         hook.remove()
 
 
-def teach(
-    module: nn.Module, fading: Fading, lesson: Lesson, decay: float, statistics: int
-) -> tuple[float, list[str]]:
-    """Train the whole `module` while its norms fade, and put settled batch norms in their place.
-
-    Gives the loss of batch norms that were fitted and not trained, and the names of the parameters that trained.
+class Learnt(NamedTuple):
+    """`before`, the loss of batch norms that were fitted and not trained; `names` of the parameters that trained; and
+    the paths of norms that the loss does not depend on, which are there as before.
     """
+
+    before: float
+    names: list[str]
+    unreached: list[str]
+
+
+def teach(module: nn.Module, fading: Fading, lesson: Lesson, decay: float, statistics: int) -> Learnt:
+    """Train the whole `module` while its norms fade, and put settled batch norms in their place."""
     steps = lesson.settings.steps
     _fit(module, lesson.batches[0])
     fading.share = 0.0
     before = lesson.mean_loss(module)
     fading.share = 0.5  # the loss depends on the norms that go and on those that come
     names = lesson.reached(module, [name for name, one in module.named_parameters() if one.requires_grad])
+    idle = {path: norm for path, norm in _fading(module).items() if f"{path}.batch.weight" not in names}
+    swap(module, {norm: norm.norm for norm in idle.values()})
+    if _fading(module):
 
-    def fade(step: int) -> None:
-        fading.share = max(0.0, 1 - step / (decay * steps)) if decay else 0.0
+        def fade(step: int) -> None:
+            fading.share = max(0.0, 1 - step / (decay * steps)) if decay else 0.0
 
-    lesson.learn(module, names, before_step=fade)
-    fading.share = 0.0
-    settle(module, lesson.batches, spread(range(len(lesson.batches)), statistics), lesson.context)
-    return before, names
+        lesson.learn(module, names, before_step=fade)
+        fading.share = 0.0
+        settle(module, lesson.batches, spread(range(len(lesson.batches)), statistics), lesson.context)
+    return Learnt(before, names, list(idle))
 
 
 def settle(module: nn.Module, batches: Sequence[Inputs], chosen: Sequence[int], context: Context) -> None:

@@ -15,12 +15,13 @@ from pydantic import Field
 from compress.errors import Unsuitable
 from compress.passes.base import Context, Result
 from compress.passes.taught import Taught, lessons, require_fall
-from compress.report import Change
+from compress.report import Change, Skip
 
 if TYPE_CHECKING:
     from torch import nn
 
     from compress.model import Model
+    from compress.passes.fading import Learnt
 
 
 class ProgressiveBatchNorm(Taught):
@@ -72,19 +73,26 @@ class ProgressiveBatchNorm(Taught):
         kinds = {path: type(model.module.get_submodule(path)).__name__ for path in norms}
         with lessons(self, model, context) as lesson:
             with fading_norms(model.module, norms, self.alpha) as fading:
-                before, names = teach(model.module, fading, lesson, self.decay, self.statistics)
+                learnt = teach(model.module, fading, lesson, self.decay, self.statistics)
             after = lesson.mean_loss(model.module)
-        require_fall(self.use, before, after)
-        trained = f"loss {after:.4g} ({len(names)} tensors, {self.steps} steps)"
-        told = Change(
-            "the model", f"trained on {lesson.kind}", f"loss {before:.4g} with fitted batch norms", trained
-        )
+        why = f"the loss ({lesson.kind}) does not depend on it, so that nothing would train what takes its place"
+        skips += [Skip(path, why) for path in learnt.unreached]
+        norms = {path: features for path, features in norms.items() if path not in learnt.unreached}
+        if not norms:
+            return Result(model.module, (), tuple(skips))
+        require_fall(self.use, learnt.before, after)
         became, record = merge(model, norms) if self.merge else keep(norms)
-        said = [
+        changes = [self._change(lesson.kind, learnt, after)]
+        changes += [
             Change(one.path, one.what, f"{kinds[one.path]} of {norms[one.path]} features", one.after)
             for one in became
         ]
-        return Result(model.module, (told, *said), tuple(skips), record)
+        return Result(model.module, tuple(changes), tuple(skips), record)
+
+    def _change(self, kind: str, learnt: Learnt, after: float) -> Change:
+        before = f"loss {learnt.before:.4g} with fitted batch norms"
+        trained = f"{len(learnt.names)} tensors, {self.steps} steps"
+        return Change("the model", f"trained on {kind}", before, f"loss {after:.4g} ({trained})")
 
     def restore(self, module: nn.Module, record: dict[str, Any]) -> nn.Module:
         from compress.passes.unnormed import restore_batch
