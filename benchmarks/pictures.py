@@ -25,10 +25,22 @@ def batches(file: Path, model: Path, size: int, count: int | None = None) -> Ite
     """The first `count` pictures of `file` (None: all) in batches of `size`, as the model in the folder `model` takes
     them.
     """
+    import torch
+
     packed = _packed(file)
     pictures = [packed["data"][start:end] for start, end in pairwise(packed["offsets"])][:count]
     for start in range(0, len(pictures), size):
-        yield _prepared(np.stack([_decoded(one) for one in pictures[start : start + size]]), model)
+        decoded = np.stack([_decoded(one) for one in pictures[start : start + size]])
+        yield prepared(torch.from_numpy(decoded), model)
+
+
+def pixels(file: Path) -> Tensor:
+    """All pictures of `file`, which are of one size, as bytes (pictures, height, width, 3)."""
+    import torch
+
+    packed = _packed(file)
+    decoded = [_decoded(packed["data"][start:end]) for start, end in pairwise(packed["offsets"])]
+    return torch.from_numpy(np.stack(decoded))
 
 
 def classes(file: Path) -> Tensor:
@@ -36,6 +48,18 @@ def classes(file: Path) -> Tensor:
     import torch
 
     return torch.from_numpy(_packed(file)["labels"].astype(np.int64))
+
+
+def prepared(pixels: Tensor, model: Path) -> Tensor:
+    """Bytes (batch, height, width, 3), scaled to the size that the model was trained on, and normalised as there."""
+    import torch
+    from torch.nn.functional import interpolate
+
+    side = _read(model / "config.json")["image_size"]
+    trained = _read(model / "training.json")
+    mean, std = (torch.tensor(trained[name], device=pixels.device)[:, None, None] for name in ("mean", "std"))
+    values = pixels.permute(0, 3, 1, 2).float() / 255
+    return (interpolate(values, size=side, mode="bilinear") - mean) / std
 
 
 def _packed(file: Path) -> dict[str, np.ndarray]:
@@ -50,18 +74,6 @@ def _decoded(jpeg: np.ndarray) -> np.ndarray:
 
     with Image.open(io.BytesIO(jpeg.tobytes())) as picture:
         return np.asarray(picture.convert("RGB"))
-
-
-def _prepared(pixels: np.ndarray, model: Path) -> Tensor:
-    """Bytes (batch, height, width, 3), scaled to the size that the model was trained on, and normalised as there."""
-    import torch
-    from torch.nn.functional import interpolate
-
-    side = _read(model / "config.json")["image_size"]
-    trained = _read(model / "training.json")
-    mean, std = (torch.tensor(trained[name])[:, None, None] for name in ("mean", "std"))
-    values = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
-    return (interpolate(values, size=side, mode="bilinear") - mean) / std
 
 
 def _read(file: Path) -> dict[str, Any]:

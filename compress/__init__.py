@@ -21,6 +21,7 @@ from compress.passes.fold_batch_norm import FoldBatchNorm
 from compress.passes.fuse_layers import FuseLayers
 from compress.passes.group_queries import GroupQueries
 from compress.passes.merge_tokens import MergeTokens
+from compress.passes.progressive_batch_norm import ProgressiveBatchNorm
 from compress.passes.quantize import Quantize
 from compress.passes.smooth import Smooth
 from compress.pipeline import Outcome, run
@@ -48,6 +49,7 @@ __all__ = [
     "Outcome",
     "Parity",
     "Pass",
+    "ProgressiveBatchNorm",
     "Quantize",
     "Recipe",
     "Result",

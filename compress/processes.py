@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -49,6 +49,19 @@ def shared(value: T) -> T:
     dist.broadcast_object_list(box, src=0)
     dist.barrier()
     return box[0]
+
+
+def gathered(value: T) -> list[T]:
+    """The values of all processes, in their order. Every process must call it."""
+    if count() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        dist.init_process_group()
+    box: list[Any] = [None] * count()
+    dist.all_gather_object(box, value)
+    return box
 
 
 def alone(environment: Mapping[str, str]) -> dict[str, str]:

@@ -21,6 +21,7 @@ CASES = {
     "factorize": ["bert", "gpt2", "llama", "vit", "t5"],
     "group_queries": ["bert", "gpt2", "llama", "phi3", "gpt-neox", "bloom", "qwen3", "t5", "opt"],
     "merge_tokens": ["bert", "vit"],
+    "progressive_batch_norm": ["bert", "gpt2", "llama", "vit", "swin"],
     "smooth": ["llama", "gpt2", "vit", "qwen3"],
     "quantize": ["bert", "gpt2", "llama", "vit", "resnet", "t5", "whisper"],
 }
@@ -32,6 +33,7 @@ SETTINGS = {
     "group_queries": {"kv_heads": 1, "unhealed": True},
     "merge_tokens": {"remove": 3},
     "fuse_layers": {"remove": 1, "steps": 4, "learning_rate": 1e-3},
+    "progressive_batch_norm": {"steps": 8, "learning_rate": 1e-3},
 }
 """Where there are no defaults, or they would take long."""
 

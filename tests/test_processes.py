@@ -25,6 +25,14 @@ passes:
   - {use: factorize, keep: 0.7, multiple: 1, method: svd}
   - {use: distill, steps: 20, learning_rate: 1.0e-3, accumulate: 2}
 """
+NORMLESS = """
+summary: a test
+model: {task: text-generation}
+data:
+  training: {text: text.txt, max_length: 16, batch_size: 4}
+passes:
+  - {use: progressive_batch_norm, steps: 20, learning_rate: 1.0e-3, accumulate: 2}
+"""
 
 
 def test_without_a_launcher_there_is_one_process(monkeypatch):
@@ -32,6 +40,11 @@ def test_without_a_launcher_there_is_one_process(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert (processes.rank(), processes.count(), processes.is_main()) == (0, 1, True)
     assert processes.shared("value") == "value"
+
+
+def test_without_a_launcher_all_values_are_this_process_s(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert processes.gathered("value") == ["value"]
 
 
 def test_a_launcher_says_who_is_who(monkeypatch):
@@ -68,12 +81,13 @@ def folder(tmp_path_factory) -> Path:
     tiny.saved(model, folder / "model")
     (folder / "text.txt").write_text("\n".join(tiny.sentences(100)))
     (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "normless.yaml").write_text(NORMLESS)
     return folder
 
 
-def launched(folder: Path, out: str, *launcher: str) -> subprocess.CompletedProcess[str]:
+def launched(folder: Path, recipe: str, out: str, *launcher: str) -> subprocess.CompletedProcess[str]:
     environment = processes.alone(os.environ) | {"OMP_NUM_THREADS": "1"}
-    command = [*launcher, "-m", "compress", "apply", "recipe.yaml", "--model", "model", "--out", out]
+    command = [*launcher, "-m", "compress", "apply", recipe, "--model", "model", "--out", out]
     return subprocess.run(
         [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
@@ -83,8 +97,8 @@ def launched(folder: Path, out: str, *launcher: str) -> subprocess.CompletedProc
 def test_two_processes_give_what_one_gives(folder):
     accelerate = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
     runs = {
-        "one": launched(folder, "one"),
-        "two": launched(folder, "two", *accelerate, "--main_process_port", "0"),
+        "one": launched(folder, "recipe.yaml", "one"),
+        "two": launched(folder, "recipe.yaml", "two", *accelerate, "--main_process_port", "0"),
     }
     for done in runs.values():
         assert done.returncode == 0, done.stderr
@@ -96,10 +110,17 @@ def test_two_processes_give_what_one_gives(folder):
         json.loads((folder / name / "manifest.json").read_text())["steps"][1]["changes"] for name in runs
     ]
     assert changes[0] == changes[1]
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "model",
-        "one",
-        "recipe.yaml",
-        "text.txt",
-        "two",
-    ]
+    expected = ["model", "normless.yaml", "one", "recipe.yaml", "text.txt", "two"]
+    assert sorted(path.name for path in folder.iterdir()) == expected
+
+
+@pytest.mark.slow
+def test_statistics_of_batch_norms_are_the_same_in_two_processes(folder, tmp_path):
+    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0")
+    for name, launcher in (("one", ()), ("two", torchrun)):
+        done = launched(folder, "normless.yaml", str(tmp_path / name), *launcher)
+        assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / name / "checkpoint" / "model.safetensors") for name in ("one", "two"))
+    assert "model.layers.0.self_attn.q_proj.bias" in one
+    for name, value in one.items():
+        assert (value - two[name]).abs().max() <= 1e-4 * value.abs().max()

@@ -66,15 +66,8 @@ class FoldBatchNorm(Pass):
 
         folding = Folding(model.graph, model.module, self.scope)
         whys = folding.fold()
-        gone = [one for name, one in folding.rescales.items() if name in folding.into]
-        record: dict[str, Any] = {
-            "gone": [one.path for one in gone if not one.parameter],
-            "ones": [one.name for one in gone if one.parameter],
-            "biases": [path for path in folding.biases if path not in folding.into],
-            "scales": [],
-        }
         skips = [Skip(name, why) for name, why in whys.items()] + self._idle(model)
-        return [_change(folding, one) for one in gone], skips, record
+        return [_change(folding, one) for one in folding.gone()], skips, folding.record()
 
     def _idle(self, model: Model) -> list[Skip]:
         """The batch norms in scope that the example does not run."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import replace
 from typing import Any
 
@@ -35,19 +35,34 @@ class Folding:
         self.biases: list[str] = []
         self.places = Counter(part for _, part in module.named_modules(remove_duplicate=False))
 
-    def fold(self) -> dict[str, str]:
-        """Fold all that is in scope, in place; why each of the others stays, by name.
+    def fold(self, only: Container[str] | None = None) -> dict[str, str]:
+        """Fold all that is in scope, in place; why each of the others stays, by name. With `only`, these names alone.
 
         First each into what writes its input, in the order of execution; then those that are left into what reads their
         output, in the reverse order.
         """
         wanted = [one for one in self.graph.rescales if one.path in self.scope]
+        wanted = [one for one in wanted if only is None or one.name in only]
         whys = {one.name: self._into_writer(one) for one in wanted}
         for one in reversed(wanted):
             if whys[one.name] and not one.parameter:
                 why = self._into_readers(one)
                 whys[one.name] = ", and ".join(dict.fromkeys((whys[one.name], why))) if why else ""
         return {name: why for name, why in whys.items() if why}
+
+    def gone(self) -> list[Rescale]:
+        """What has been folded, in the order of execution."""
+        return [one for name, one in self.rescales.items() if name in self.into]
+
+    def record(self) -> dict[str, Any]:
+        """What `restore_folds` needs."""
+        gone = self.gone()
+        return {
+            "gone": [one.path for one in gone if not one.parameter],
+            "ones": [one.name for one in gone if one.parameter],
+            "biases": [path for path in self.biases if path not in self.into],
+            "scales": [],
+        }
 
     def takers(self, name: str) -> list[str]:
         """The modules that hold the rescale `name` in the end, where some that took it on are gone too."""

@@ -34,8 +34,9 @@ class Taught(Training, Pass):
     needs: ClassVar[Needs] = "training"
 
     loss: Literal["auto", "logits", "hidden", "both", "minilm"] = "auto"
-    """What is compared: the distributions over classes or words; the states between blocks; the sum of `both`; the
-    relations between tokens in the last attention. `auto`: `logits` where the model has them, else `hidden`."""
+    """What is compared: the distributions over classes or words; the states between blocks; the sum of `both` (the
+    states alone, of a model without logits); the relations between tokens in the last attention. `auto`: `logits` where
+    the model has them, else `hidden`."""
     temperature: float = Field(default=1.0, gt=0)
     """Of `logits`: distributions are softened by it."""
     relation_heads: int | None = Field(default=None, ge=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -46,18 +46,52 @@ def objective(settings: Taught, model: Model, teacher: Model) -> tuple[str, Loss
     kind = settings.loss
     if kind == "auto":
         kind = "logits" if _has_logits(model) else "hidden"
+    if kind == "both" and not _has_logits(model):
+        kind = "hidden"
     if kind == "logits":
         return kind, logits_loss(model, teacher, settings.temperature)
     if kind == "hidden":
         return kind, hidden_loss(model, teacher)
     if kind == "both":
-        logits, hidden = logits_loss(model, teacher, settings.temperature), hidden_loss(model, teacher)
-        return "logits and hidden", lambda module, batch: logits(module, batch) + hidden(module, batch)
+        return "logits and hidden", _both_loss(model, teacher, settings.temperature)
     return kind, relations_loss(model, teacher, settings.relation_heads)
 
 
 def logits_loss(model: Model, teacher: Model, temperature: float) -> Loss:
     """The divergence of the student's distributions from the teacher's, mean over positions that are no padding."""
+    return _answers_loss(teacher, _logits_part(model, teacher, temperature), states=False)
+
+
+def hidden_loss(model: Model, teacher: Model) -> Loss:
+    """The squared error of each hidden state relative to the teacher's, blocks matched evenly, mean over positions.
+
+    Raises `Unsuitable` for models that give no hidden states, or of another width.
+    """
+    return _answers_loss(teacher, _hidden_part(model, teacher), states=True)
+
+
+def _both_loss(model: Model, teacher: Model, temperature: float) -> Loss:
+    """The sum of both, for which each model runs once."""
+    logits, hidden = _logits_part(model, teacher, temperature), _hidden_part(model, teacher)
+    return _answers_loss(teacher, lambda *answers: logits(*answers) + hidden(*answers), states=True)
+
+
+Part = Callable[[Any, Any, Inputs], Tensor]
+"""A loss of what the teacher and the student return for a batch."""
+
+
+def _answers_loss(teacher: Model, part: Part, states: bool) -> Loss:
+    """`part` of one run of each model; with `states`, these are asked for."""
+    ask = _with_states if states else _plainly
+
+    def loss(module: nn.Module, batch: Inputs) -> Tensor:
+        wanted = _untaught(teacher.module, lambda one: ask(one, batch))
+        return part(wanted, ask(module, batch), batch)
+
+    return loss
+
+
+def _logits_part(model: Model, teacher: Model, temperature: float) -> Part:
     if not _has_logits(model):
         raise Unsuitable(
             f"`loss: logits` compares distributions over classes or words, and a model for {model.task} gives none.",
@@ -70,19 +104,14 @@ def logits_loss(model: Model, teacher: Model, temperature: float) -> Loss:
             "Use `loss: minilm`, or a teacher with the same classes.",
         )
 
-    def loss(module: nn.Module, batch: Inputs) -> Tensor:
-        wanted = _untaught(teacher.module, lambda one: float_outputs(one(**batch))["logits"])
-        given = float_outputs(module(**batch))["logits"]
+    def part(teacher_gives: Any, student_gives: Any, batch: Inputs) -> Tensor:
+        wanted, given = (float_outputs(one)["logits"] for one in (teacher_gives, student_gives))
         return divergence(wanted, given, tokens_of(batch, given.shape[:-1]), temperature)
 
-    return loss
+    return part
 
 
-def hidden_loss(model: Model, teacher: Model) -> Loss:
-    """The squared error of each hidden state relative to the teacher's, blocks matched evenly, mean over positions.
-
-    Raises `Unsuitable` for models that give no hidden states, or of another width.
-    """
+def _hidden_part(model: Model, teacher: Model) -> Part:
     shapes = [
         [tuple(state.shape[-1] for state in states) for states in _untaught(one.module, _asker(one.example))]
         for one in (teacher, model)
@@ -94,16 +123,15 @@ def hidden_loss(model: Model, teacher: Model) -> Loss:
             "Use `loss: minilm`, which compares models of any width, or `logits`.",
         )
 
-    def loss(module: nn.Module, batch: Inputs) -> Tensor:
-        wanted, given = _untaught(teacher.module, _asker(batch)), hidden_states(module, batch)
+    def part(teacher_gives: Any, student_gives: Any, batch: Inputs) -> Tensor:
         errors = [
             relative_error(one[number - 1], state, tokens_of(batch, state.shape[:-1]))
-            for one, other in zip(wanted, given, strict=True)
+            for one, other in zip(_states(teacher_gives), _states(student_gives), strict=True)
             for number, state in zip(matched(len(one), len(other)), other, strict=True)
         ]
         return torch.stack(errors).mean()
 
-    return loss
+    return part
 
 
 def hidden_states(module: nn.Module, batch: Inputs) -> list[list[Tensor]]:
@@ -111,20 +139,33 @@ def hidden_states(module: nn.Module, batch: Inputs) -> list[list[Tensor]]:
 
     Raises `Unsuitable` for a module that gives none.
     """
+    return _states(_with_states(module, batch))
+
+
+def _plainly(module: nn.Module, batch: Inputs) -> Any:
+    return module(**batch)
+
+
+def _with_states(module: nn.Module, batch: Inputs) -> Any:
+    """What `module` returns for `batch`, with hidden states. Raises `Unsuitable` if it has none."""
     try:
         outputs = module(**batch, output_hidden_states=True)
     except TypeError as error:
         raise _stateless(module) from error
-    named = outputs.items() if isinstance(outputs, Mapping) else ()
-    groups = [
-        states
-        for name, states in named
-        if name.endswith("hidden_states") and not name.startswith("reshaped") and states
-    ]
-    if not groups:
+    if not any(True for _ in _named_states(outputs)):
         raise _stateless(module)
+    return outputs
+
+
+def _states(outputs: Any) -> list[list[Tensor]]:
     # The first state is what the embeddings give: no block has made it.
-    return [[_features_last(state) for state in states[1:]] for states in groups]
+    return [[_features_last(state) for state in states[1:]] for states in _named_states(outputs)]
+
+
+def _named_states(outputs: Any) -> Iterator[Sequence[Tensor]]:
+    for name, states in outputs.items() if isinstance(outputs, Mapping) else ():
+        if name.endswith("hidden_states") and not name.startswith("reshaped") and states:
+            yield states
 
 
 def relations_loss(model: Model, teacher: Model, count: int | None) -> Loss:

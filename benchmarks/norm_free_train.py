@@ -1,0 +1,114 @@
+"""The training half of `benchmarks.norm_free`: needs torch, transformers and Pillow, and no network."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+import compress
+from benchmarks import pictures
+from benchmarks.classifying import top1
+from benchmarks.norm_free import TEST, TRAINING
+from compress.model import Inputs
+
+SHIFT = 4
+"""Pictures move by up to so many pixels."""
+EVERY = 100
+"""Steps between two lines of progress."""
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Teach the model without its norms, say what that costs in torch, and write the checkpoint."""
+    model = compress.load_model(arguments.model, task="image-classification")
+    test, classes = pictures.pixels(arguments.data / TEST), pictures.classes(arguments.data / TEST)
+
+    def score(module: nn.Module) -> float:
+        module = module.to(arguments.device)
+        return top1(answers(module, test, arguments.model, arguments.device), classes)
+
+    before = score(model.module)
+    print(f"top-1 before: {before:.2f} %", flush=True)
+    batches = varied(arguments)
+    settings = compress.ProgressiveBatchNorm(
+        steps=arguments.steps, learning_rate=arguments.learning_rate, precision=arguments.precision
+    )
+    begun = time.perf_counter()
+    context = compress.Context(device=arguments.device, training=batches, observer=Lines())
+    made = compress.run(model, [settings], context).model
+    seconds = time.perf_counter() - begun
+    after = score(made.module)
+    # Half as many bytes; whoever loads them computes in float32.
+    made.module.cpu().half()
+    stored = score(made.module.float())
+    print(
+        f"top-1 after: {after:.2f} %, with weights rounded to float16 {stored:.2f} %; {seconds:.0f} s",
+        flush=True,
+    )
+    compress.save(replace(made, module=made.module.cpu().half()), arguments.made, force=True)
+    facts = {"before": before, "after": after, "stored": stored, "seconds": seconds}
+    (arguments.made / "training.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def varied(arguments: argparse.Namespace) -> Sequence[Inputs]:
+    """The training batches on the device: pictures in a shuffled order, round after round, flipped and shifted."""
+    bytes_ = pictures.pixels(arguments.data / TRAINING).to(arguments.device)
+    generator = torch.Generator().manual_seed(0)
+    wanted = arguments.batches * arguments.batch
+    rounds = [torch.randperm(len(bytes_), generator=generator) for _ in range(-(-wanted // len(bytes_)))]
+    parts = torch.cat(rounds)[:wanted].split(arguments.batch)
+    return [
+        {"pixel_values": pictures.prepared(moved(bytes_[part.to(bytes_.device)], generator), arguments.model)}
+        for part in parts
+    ]
+
+
+def moved(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Bytes (batch, height, width, 3), each picture shifted, with black coming in, and every second one mirrored."""
+    count, height, width, _ = pixels.shape
+    rows, columns = (torch.arange(size) for size in (height, width))
+    down, right = torch.randint(2 * SHIFT + 1, (2, count, 1), generator=generator)
+    mirrored = torch.randint(2, (count, 1), generator=generator).bool()
+    columns = torch.where(mirrored, columns.flip(0), columns) + right
+    padded = pad(pixels, (0, 0, SHIFT, SHIFT, SHIFT, SHIFT))
+    places = torch.arange(count)[:, None, None], (rows + down)[:, :, None], columns[:, None, :]
+    return padded[tuple(place.to(pixels.device) for place in places)]
+
+
+@torch.no_grad()
+def answers(module: nn.Module, pixels: Tensor, model: Path, device: str) -> Tensor:
+    """The logits (pictures, classes) of `module`, which is on `device`, on the CPU."""
+    batches = (pictures.prepared(part.to(device), model) for part in pixels.split(500))
+    return torch.cat([module(pixel_values=values).logits.cpu() for values in batches])
+
+
+class Lines:
+    """An observer that prints a line now and then."""
+
+    def begin(self, what: str, total: int | None) -> Line:
+        return Line(what, total)
+
+    def end(self, task: object) -> None:
+        del task
+
+
+class Line:
+    """One task of `Lines`."""
+
+    def __init__(self, what: str, total: int | None) -> None:
+        self.what, self.total, self.done, self.begun = what, total, 0, time.perf_counter()
+
+    def advance(self, steps: int = 1) -> None:
+        self.done += steps
+        if self.done % EVERY == 0 or self.done == self.total:
+            print(
+                f"{self.what}: {self.done} of {self.total}, {time.perf_counter() - self.begun:.0f} s",
+                flush=True,
+            )
