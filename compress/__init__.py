@@ -20,6 +20,7 @@ from compress.passes.factorize import Factorize
 from compress.passes.fold_batch_norm import FoldBatchNorm
 from compress.passes.fuse_layers import FuseLayers
 from compress.passes.merge_tokens import MergeTokens
+from compress.passes.multi_branch import MultiBranch
 from compress.passes.quantize import Quantize
 from compress.passes.smooth import Smooth
 from compress.pipeline import Outcome, run
@@ -43,6 +44,7 @@ __all__ = [
     "MergeTokens",
     "Model",
     "ModelpressError",
+    "MultiBranch",
     "Outcome",
     "Parity",
     "Pass",
