@@ -22,6 +22,7 @@ from compress.passes.fuse_layers import FuseLayers
 from compress.passes.merge_tokens import MergeTokens
 from compress.passes.multi_branch import MultiBranch
 from compress.passes.quantize import Quantize
+from compress.passes.simplify_attention import SimplifyAttention
 from compress.passes.smooth import Smooth
 from compress.pipeline import Outcome, run
 from compress.recipe import Recipe, load_recipe
@@ -52,6 +53,7 @@ __all__ = [
     "Recipe",
     "Result",
     "Scope",
+    "SimplifyAttention",
     "Skip",
     "Smooth",
     "Step",

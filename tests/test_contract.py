@@ -21,6 +21,7 @@ CASES = {
     "factorize": ["bert", "gpt2", "llama", "vit", "t5"],
     "merge_tokens": ["bert", "vit"],
     "multi_branch": ["bert", "gpt2", "vit", "resnet"],
+    "simplify_attention": ["vit", "dinov2"],
     "smooth": ["llama", "gpt2", "vit", "qwen3"],
     "quantize": ["bert", "gpt2", "llama", "vit", "resnet", "t5", "whisper"],
 }
@@ -31,6 +32,7 @@ SETTINGS = {
     "expand_depth": {"depth": 4, "unhealed": True},
     "merge_tokens": {"remove": 3},
     "multi_branch": {"steps": 8, "learning_rate": 1e-5},
+    "simplify_attention": {"steps": 8, "learning_rate": 1e-3},
     "fuse_layers": {"remove": 1, "steps": 4, "learning_rate": 1e-3},
 }
 """Where there are no defaults, or they would take long."""

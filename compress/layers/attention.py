@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -69,7 +70,12 @@ def _added(mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
 
 
 def _require_no_mask(mask: Tensor | None, kwargs: dict[str, Any]) -> None:
-    """Raise `Unsuitable` if anything is added to the scores: a linear attention has none."""
+    """Raise `Unsuitable` if anything is added to the scores: a linear attention has none.
+
+    In an export transformers makes a mask of zeros where a run has none, so that a mask says nothing there.
+    """
+    if torch.compiler.is_exporting():
+        return
     if mask is not None or kwargs.get("position_bias") is not None:
         raise Unsuitable(
             "The model adds a mask or a bias to the scores of its attention, and a linear attention has no scores.",
