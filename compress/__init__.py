@@ -22,7 +22,9 @@ from compress.passes.fuse_layers import FuseLayers
 from compress.passes.group_queries import GroupQueries
 from compress.passes.merge_tokens import MergeTokens
 from compress.passes.progressive_batch_norm import ProgressiveBatchNorm
+from compress.passes.multi_branch import MultiBranch
 from compress.passes.quantize import Quantize
+from compress.passes.simplify_attention import SimplifyAttention
 from compress.passes.smooth import Smooth
 from compress.pipeline import Outcome, run
 from compress.recipe import Recipe, load_recipe
@@ -46,6 +48,7 @@ __all__ = [
     "MergeTokens",
     "Model",
     "ModelpressError",
+    "MultiBranch",
     "Outcome",
     "Parity",
     "Pass",
@@ -54,6 +57,7 @@ __all__ = [
     "Recipe",
     "Result",
     "Scope",
+    "SimplifyAttention",
     "Skip",
     "Smooth",
     "Step",

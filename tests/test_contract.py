@@ -22,6 +22,8 @@ CASES = {
     "group_queries": ["bert", "gpt2", "llama", "phi3", "gpt-neox", "bloom", "qwen3", "t5", "opt"],
     "merge_tokens": ["bert", "vit"],
     "progressive_batch_norm": ["bert", "gpt2", "llama", "vit", "swin"],
+    "multi_branch": ["bert", "gpt2", "vit", "resnet"],
+    "simplify_attention": ["vit", "dinov2"],
     "smooth": ["llama", "gpt2", "vit", "qwen3"],
     "quantize": ["bert", "gpt2", "llama", "vit", "resnet", "t5", "whisper"],
 }
@@ -32,6 +34,8 @@ SETTINGS = {
     "expand_depth": {"depth": 4, "unhealed": True},
     "group_queries": {"kv_heads": 1, "unhealed": True},
     "merge_tokens": {"remove": 3},
+    "multi_branch": {"steps": 8, "learning_rate": 1e-5},
+    "simplify_attention": {"steps": 8, "learning_rate": 1e-3},
     "fuse_layers": {"remove": 1, "steps": 4, "learning_rate": 1e-3},
     "progressive_batch_norm": {"steps": 8, "learning_rate": 1e-3},
 }

@@ -2,8 +2,9 @@
 
 transformers calls the function that the config names, so no forward is copied. A module with a child `products`
 computes its two products through it (see `compress.layers.products`); one with a `token_flow` adds the sizes of merged
-tokens (see `compress.layers.tokens`). Any other module gets the fused attention of torch. A config never saves the name
-of its implementation.
+tokens (see `compress.layers.tokens`); one with a `linear_attention` has no softmax (see
+`compress.layers.linear_attention`). Any other module gets the fused attention of torch. A config never saves the name of
+its implementation.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from compress.errors import Unsuitable
 
 IMPLEMENTATION = "modelpress"
 
@@ -37,6 +41,16 @@ def attention(
     broadcastable to (batch, heads, queries, keys). Gives the mixture (batch, queries, heads, size).
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    linear = getattr(module, "linear_attention", None)
+    if linear is not None:
+        _require_no_mask(attention_mask, kwargs)
+
+        def softmax() -> Tensor:
+            return sdpa_attention_forward(
+                module, query, key, value, None, dropout=dropout, scaling=scaling, **kwargs
+            )[0]
+
+        return linear(query, key, value, softmax), None
     flow = getattr(module, "token_flow", None)
     if flow is not None:
         attention_mask = flow.attend(query, key, value, _added(attention_mask, kwargs), scaling)
@@ -53,6 +67,20 @@ def _added(mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
     """The additive `mask` with the position bias among `kwargs`, which is taken out of them."""
     bias = kwargs.pop("position_bias", None)
     return mask if bias is None else bias if mask is None else bias + mask
+
+
+def _require_no_mask(mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+    """Raise `Unsuitable` if anything is added to the scores: a linear attention has none.
+
+    In an export transformers makes a mask of zeros where a run has none, so that a mask says nothing there.
+    """
+    if torch.compiler.is_exporting():
+        return
+    if mask is not None or kwargs.get("position_bias") is not None:
+        raise Unsuitable(
+            "The model adds a mask or a bias to the scores of its attention, and a linear attention has no scores.",
+            "Leave `simplify_attention` out for this model, or give inputs without a mask.",
+        )
 
 
 def use_attention(module: nn.Module) -> None:

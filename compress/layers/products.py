@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.layers.attention import routed
+from compress.layers.linear_attention import is_linear_attention
 from compress.layers.quantized import Activation
 from compress.numerics.affine import Affine, affine
 from compress.numerics.ranges import Range
@@ -83,6 +84,8 @@ def routed_attentions(module: nn.Module, example: Mapping[str, Tensor]) -> tuple
     callers: dict[nn.Module, None] = {}
 
     def compute_by_products(caller: nn.Module, _: Tensor) -> None:
+        if is_linear_attention(caller):
+            return
         callers[caller] = None
         caller.products = Products()
 

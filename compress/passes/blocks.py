@@ -86,6 +86,12 @@ def chosen_stack(
     return outer[0]
 
 
+def attends(model: Model) -> Callable[[Stack], bool]:
+    """Whether each block of a stack has an attention."""
+    paths = [f"{one.path}." for one in model.graph.attentions]
+    return lambda stack: all(any(path.startswith(f"{block}.") for path in paths) for block in stack.blocks)
+
+
 def run_stack(module: nn.Module, blocks: Sequence[str], batch: Mapping[str, Tensor], number: int) -> Run:
     """Run batch `number` through `module` up to the last of `blocks`, neighbours in a stack, and keep what they saw.
 

@@ -13,8 +13,8 @@ from pydantic import Field
 
 from compress.errors import Unsuitable
 from compress.passes.base import Context, Result
-from compress.passes.taught import AGREED, Taught, lessons, require_fall
-from compress.report import Change, Skip
+from compress.passes.taught import AGREED, Taught, agrees_already, lessons, require_fall, trainable, trained
+from compress.report import Skip
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,34 +45,21 @@ class Distill(Taught):
         with lessons(self, model, context) as lesson:
             before = lesson.mean_loss(model.module)
             if before < AGREED:
-                why = "it answers as its teacher does already; put `distill` after the passes that compress"
-                return Result(model.module, (), (Skip("the model", why),))
+                return Result(model.module, (), (agrees_already(self.use),))
             names = lesson.reached(model.module, self._candidates(model))
             lesson.learn(model.module, names)
             after = lesson.mean_loss(model.module)
         require_fall(self.use, before, after)
-        change = self._change(model.module, names, lesson.kind, before, after)
+        change = trained(self, model.module, names, lesson.kind, before, after)
         return Result(model.module, (change,), self._skips(model))
 
     def restore(self, module: nn.Module, record: dict[str, Any]) -> nn.Module:
         del record
         return module
 
-    def _change(self, module: nn.Module, names: list[str], kind: str, before: float, after: float) -> Change:
-        count = sum(module.get_parameter(name).numel() for name in names)
-        trained = f"{count} parameters in {len(names)} tensors, {self.steps} steps"
-        return Change(
-            "the model", f"trained on {kind}", f"loss {before:.4g}", f"loss {after:.4g} ({trained})"
-        )
-
     def _candidates(self, model: Model) -> list[str]:
         """The names of the parameters in scope that may train."""
-        frozen = set() if self.train_embeddings else _embedded(model)
-        return [
-            name
-            for name, parameter in model.module.named_parameters()
-            if name.rpartition(".")[0] in self.scope and parameter.requires_grad and parameter not in frozen
-        ]
+        return trainable(self, model, self.train_embeddings)
 
     def _skips(self, model: Model) -> tuple[Skip, ...]:
         from compress.layers.quantized import QuantizedWeight
@@ -92,9 +79,3 @@ class Distill(Taught):
                 if weight.role == "embedding" and weight.path in self.scope
             ]
         return tuple(skips)
-
-
-def _embedded(model: Model) -> set[nn.Parameter]:
-    """The parameters of embeddings, and so of heads that are tied to one."""
-    paths = [weight.path for weight in model.graph.weights if weight.role == "embedding"]
-    return {parameter for path in paths for parameter in model.module.get_submodule(path).parameters(False)}

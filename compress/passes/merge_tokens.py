@@ -17,11 +17,8 @@ from compress.passes.base import Context, Needs, Pass, Result
 from compress.report import Change, Effect, Skip
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import nn
 
-    from compress.graph.structure import Stack
     from compress.layers.tokens import How, Layout
     from compress.model import Model
     from compress.passes.token_schedule import Costs
@@ -116,12 +113,12 @@ class MergeTokens(Pass):
 
     def apply(self, model: Model, context: Context) -> Result:
         from compress.layers.tokens import install
-        from compress.passes.blocks import chosen_stack
+        from compress.passes.blocks import attends, chosen_stack
         from compress.passes.token_layout import layouts, site_of
         from compress.passes.token_tuning import best
 
         self.check(model)
-        stack = chosen_stack(model, self.scope, "`merge_tokens`", _attends(model))
+        stack = chosen_stack(model, self.scope, "`merge_tokens`", attends(model))
         site = site_of(model, stack, self)
         how = self.how()
         layout = best(model.module, layouts(site, self, how, context), how, context)
@@ -148,12 +145,6 @@ class MergeTokens(Pass):
         merges = self.method in {"transform", "tome"}
         proportional = merges if self.proportional is None else self.proportional
         return How(self.method, self.fuse, proportional, self.samples, self.by)
-
-
-def _attends(model: Model) -> Callable[[Stack], bool]:
-    """Whether each block of a stack has an attention."""
-    paths = [f"{one.path}." for one in model.graph.attentions]
-    return lambda stack: all(any(path.startswith(f"{block}.") for path in paths) for block in stack.blocks)
 
 
 def _changes(layout: Layout, costs: Costs) -> tuple[Change, ...]:

@@ -12,7 +12,7 @@ from pydantic import Field
 from compress.data import spread
 from compress.errors import Unproved, Unsuitable
 from compress.passes.base import Context, Needs, Pass
-from compress.report import Effect
+from compress.report import Change, Effect, Skip
 from compress.training import Training, train, training_batches, training_only
 
 if TYPE_CHECKING:
@@ -113,3 +113,35 @@ def require_fall(use: str, before: float, after: float) -> None:
             f"`{use}` did not lower its loss: {before:.4g} before and {after:.4g} after.",
             "Lower the learning rate, take more steps, or give more data.",
         )
+
+
+def agrees_already(use: str) -> Skip:
+    """What the pass `use` says where its loss is below `AGREED` before it has done anything."""
+    return Skip(
+        "the model", f"it answers as its teacher does already; put `{use}` after the passes that compress"
+    )
+
+
+def trainable(settings: Taught, model: Model, embeddings: bool = False) -> list[str]:
+    """The names of the parameters in scope that may train: those of `embeddings`, and tied heads, only if asked."""
+    frozen = set() if embeddings else _embedded(model)
+    return [
+        name
+        for name, parameter in model.module.named_parameters()
+        if name.rpartition(".")[0] in settings.scope and parameter.requires_grad and parameter not in frozen
+    ]
+
+
+def trained(
+    settings: Taught, module: nn.Module, names: Sequence[str], what: str, before: float, after: float
+) -> Change:
+    """The change by training the parameters called `names` of `module` on `what`."""
+    count = sum(module.get_parameter(name).numel() for name in names)
+    trained = f"{count} parameters in {len(names)} tensors, {settings.steps} steps"
+    return Change("the model", f"trained on {what}", f"loss {before:.4g}", f"loss {after:.4g} ({trained})")
+
+
+def _embedded(model: Model) -> set[nn.Parameter]:
+    """The parameters of embeddings, and so of heads that are tied to one."""
+    paths = [weight.path for weight in model.graph.weights if weight.role == "embedding"]
+    return {parameter for path in paths for parameter in model.module.get_submodule(path).parameters(False)}

@@ -45,15 +45,7 @@ def routed_attentions(model: Model, stack: Stack, batch: int, count: int) -> tup
 
     Raises `Unsuitable` if a block has none, or attends in windows.
     """
-    from compress.layers.attention import routed
-    from compress.outputs import forward
-
-    names = {part: path for path, part in model.module.named_modules()}
-    shapes: dict[str, tuple[int, int]] = {}
-    with routed(
-        model.module, lambda caller, query: shapes.update({names[caller]: (query.shape[0], query.shape[2])})
-    ):
-        forward(model.module, model.example)
+    shapes = {path: (query[0], query[2]) for path, query in registry_calls(model).items()}
     found = []
     for block in stack.blocks:
         own = [path for path in shapes if f"{path}.".startswith(f"{block}.")]
@@ -72,3 +64,16 @@ def routed_attentions(model: Model, stack: Stack, batch: int, count: int) -> tup
                 )
         found += own
     return tuple(found)
+
+
+def registry_calls(model: Model) -> dict[str, tuple[int, ...]]:
+    """The modules that call transformers' registry of attentions on the example, with the shape of their queries:
+    (batch, heads, places, size)."""
+    from compress.layers.attention import routed
+    from compress.outputs import forward
+
+    names = {part: path for path, part in model.module.named_modules()}
+    shapes: dict[str, tuple[int, ...]] = {}
+    with routed(model.module, lambda caller, query: shapes.update({names[caller]: tuple(query.shape)})):
+        forward(model.module, model.example)
+    return shapes

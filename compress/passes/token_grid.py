@@ -21,10 +21,15 @@ STEPS = 25
 """So many temperatures are tried, by powers of the square root of two."""
 
 
-def grid_of(model: Model, count: int) -> tuple[int, int]:
+def grid_of(
+    model: Model,
+    count: int,
+    what: str = "The method `cluster`",
+    remedy: str = "Choose another `method`.",
+) -> tuple[int, int]:
     """The rows and columns of the `count` tokens that are made from a picture: the shape of a convolution's output.
 
-    Raises `Unsuitable` if there is no such convolution.
+    Raises `Unsuitable`, in the words of `what` needs it, with its `remedy`, if there is no such convolution.
     """
     from torch import nn
 
@@ -41,8 +46,7 @@ def grid_of(model: Model, count: int) -> tuple[int, int]:
         forward(model.module, model.example)
     if not found:
         raise Unsuitable(
-            f"The method `cluster` works on tokens that lie on a grid, and no convolution gives one of {count} places.",
-            "Choose another `method`.",
+            f"{what} works on tokens that lie on a grid, and no convolution gives one of {count} places.", remedy
         )
     return found[0]
 

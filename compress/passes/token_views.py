@@ -33,7 +33,7 @@ class Views:
 
 def find_views(module: nn.Module, blocks: Sequence[str], example: Mapping[str, Tensor], run: Run) -> Views:
     """What reads the states of `blocks`, a stack whose `run` on `example` is given."""
-    special = _unchanging(module, blocks, example, run)
+    special = unchanging(module, blocks, example, run)
     wanted = forward(module, example)
 
     def is_read(number: int, protected: int) -> bool:
@@ -47,7 +47,7 @@ def find_views(module: nn.Module, blocks: Sequence[str], example: Mapping[str, T
     return Views(protected, tuple(is_read(number, protected) for number in range(len(blocks))))
 
 
-def _unchanging(module: nn.Module, blocks: Sequence[str], example: Mapping[str, Tensor], run: Run) -> int:
+def unchanging(module: nn.Module, blocks: Sequence[str], example: Mapping[str, Tensor], run: Run) -> int:
     """How many leading tokens of the stack's input are the same for another input."""
     other = run_stack(module, blocks, {name: _another(value) for name, value in example.items()}, 1)
     same = (run.hidden[0] == other.hidden[0]).all(-1).all(0)
