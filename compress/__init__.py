@@ -13,12 +13,14 @@ from compress.checkpoint import load, open_model, save
 from compress.errors import ModelpressError
 from compress.model import Model, load_model
 from compress.passes.base import Context, Pass, Result
+from compress.passes.clip_softmax import ClipSoftmax
 from compress.passes.distill import Distill
 from compress.passes.drop_layers import DropLayers
 from compress.passes.expand_depth import ExpandDepth
 from compress.passes.factorize import Factorize
 from compress.passes.fold_batch_norm import FoldBatchNorm
 from compress.passes.fuse_layers import FuseLayers
+from compress.passes.gate_attention import GateAttention
 from compress.passes.merge_tokens import MergeTokens
 from compress.passes.quantize import Quantize
 from compress.passes.smooth import Smooth
@@ -33,6 +35,7 @@ __all__ = [
     "Artifact",
     "Caution",
     "Change",
+    "ClipSoftmax",
     "Context",
     "Distill",
     "DropLayers",
@@ -40,6 +43,7 @@ __all__ = [
     "Factorize",
     "FoldBatchNorm",
     "FuseLayers",
+    "GateAttention",
     "MergeTokens",
     "Model",
     "ModelpressError",

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from compress.errors import Unsuitable
 from compress.passes.base import Context, Result
-from compress.passes.taught import AGREED, Taught, lessons, require_fall
+from compress.passes.taught import AGREED, Taught, embedded, lessons, require_fall
 from compress.report import Change, Skip
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Distill(Taught):
 
     def _candidates(self, model: Model) -> list[str]:
         """The names of the parameters in scope that may train."""
-        frozen = set() if self.train_embeddings else _embedded(model)
+        frozen = set() if self.train_embeddings else embedded(model)
         return [
             name
             for name, parameter in model.module.named_parameters()
@@ -92,9 +92,3 @@ class Distill(Taught):
                 if weight.role == "embedding" and weight.path in self.scope
             ]
         return tuple(skips)
-
-
-def _embedded(model: Model) -> set[nn.Parameter]:
-    """The parameters of embeddings, and so of heads that are tied to one."""
-    paths = [weight.path for weight in model.graph.weights if weight.role == "embedding"]
-    return {parameter for path in paths for parameter in model.module.get_submodule(path).parameters(False)}

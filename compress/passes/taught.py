@@ -112,3 +112,9 @@ def require_fall(use: str, before: float, after: float) -> None:
             f"`{use}` did not lower its loss: {before:.4g} before and {after:.4g} after.",
             "Lower the learning rate, take more steps, or give more data.",
         )
+
+
+def embedded(model: Model) -> set[nn.Parameter]:
+    """The parameters of embeddings, and so of heads that are tied to one."""
+    paths = [weight.path for weight in model.graph.weights if weight.role == "embedding"]
+    return {parameter for path in paths for parameter in model.module.get_submodule(path).parameters(False)}
