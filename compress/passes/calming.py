@@ -1,7 +1,7 @@
 """Passes that train a model until its activations have fewer outliers: their settings, their loss, and their proof.
 
 Student and teacher begin equal, so what is learned from the teacher is to stay where it is. What moves the student is
-a second term: the mean log-kurtosis of what linear maps read, which are the activations that `quantize` rounds.
+a second term: the noise that rounding to 8 bits would add to what linear maps read, which is what `quantize` rounds.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ class Calmed(Taught):
 
     steps: int = Field(default=400, ge=1)
     """Steps of the optimizer."""
-    learning_rate: float = Field(default=3e-4, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0)
     """The largest learning rate."""
-    penalty: float = Field(default=0.01, ge=0)
-    """What a unit of the mean log-kurtosis counts, in units of the loss that compares with the teacher."""
+    penalty: float = Field(default=0.3, ge=0)
+    """What outliers count, in units of the loss: times the relative noise of rounding to 8 bits, summed over what linear
+    maps read."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,10 @@ def train_calm(
 
 @contextmanager
 def penalised(module: nn.Module, loss: Loss, wanted: Sequence[Place], weight: float) -> Iterator[Loss]:
-    """Inside the block: `loss` and, times `weight`, the mean log-kurtosis at `wanted`, padding left out."""
+    """Inside the block: `loss` and, times `weight`, the noise of rounding at `wanted`, padding left out."""
     import torch
 
-    from compress.numerics.outliers import log_kurtosis
+    from compress.numerics.outliers import rounding_noise
     from compress.passes.calibration import unpadded
     from compress.passes.spreads import heard
 
@@ -102,14 +103,14 @@ def penalised(module: nn.Module, loss: Loss, wanted: Sequence[Place], weight: fl
     present: dict[str, Tensor] = {}
 
     def hear(place: Place, values: Tensor) -> None:
-        found[place] = log_kurtosis(unpadded(values, present, 1))
+        found[place] = rounding_noise(unpadded(values, present, 1))
 
     def both(module: nn.Module, batch: Inputs) -> Tensor:
         found.clear()
         present.clear()
         present.update(batch)
         first = loss(module, batch)
-        return first + weight * torch.stack(list(found.values())).mean()
+        return first + weight * torch.stack(list(found.values())).sum()
 
     with heard(module, wanted, hear):
         yield both
