@@ -13,16 +13,18 @@ from compress.checkpoint import load, open_model, save
 from compress.errors import ModelpressError
 from compress.model import Model, load_model
 from compress.passes.base import Context, Pass, Result
+from compress.passes.clip_softmax import ClipSoftmax
 from compress.passes.distill import Distill
 from compress.passes.drop_layers import DropLayers
 from compress.passes.expand_depth import ExpandDepth
 from compress.passes.factorize import Factorize
 from compress.passes.fold_batch_norm import FoldBatchNorm
 from compress.passes.fuse_layers import FuseLayers
+from compress.passes.gate_attention import GateAttention
 from compress.passes.group_queries import GroupQueries
 from compress.passes.merge_tokens import MergeTokens
-from compress.passes.progressive_batch_norm import ProgressiveBatchNorm
 from compress.passes.multi_branch import MultiBranch
+from compress.passes.progressive_batch_norm import ProgressiveBatchNorm
 from compress.passes.quantize import Quantize
 from compress.passes.simplify_attention import SimplifyAttention
 from compress.passes.smooth import Smooth
@@ -37,6 +39,7 @@ __all__ = [
     "Artifact",
     "Caution",
     "Change",
+    "ClipSoftmax",
     "Context",
     "Distill",
     "DropLayers",
@@ -44,6 +47,7 @@ __all__ = [
     "Factorize",
     "FoldBatchNorm",
     "FuseLayers",
+    "GateAttention",
     "GroupQueries",
     "MergeTokens",
     "Model",

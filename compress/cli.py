@@ -177,18 +177,36 @@ def _recipe(
 
 
 @app.command()
-def inspect(model: Annotated[str, typer.Argument(metavar="MODEL")], task: Task = None) -> None:
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL")],
+    task: Task = None,
+    outliers: Annotated[
+        bool, typer.Option("--outliers", help="Print instead where activations have outliers.")
+    ] = False,
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", help="Of --outliers: the data to run; random by default.")
+    ] = None,
+    in_json: Annotated[bool, typer.Option("--json", help="Of --outliers: print JSON.")] = False,
+) -> None:
     """Print the structure of a model as a tree, with parameters, bytes and MACs of each part."""
     from compress.console import hush, output, progress
+    from compress.options import require_with
 
+    require_with("--outliers", outliers, {"--calibration": calibration is not None, "--json": in_json})
     hush()
     from compress.checkpoint import open_model
     from compress.inspection import as_tree, inspect
+    from compress.outliers import as_json, as_table, outliers_at
     from compress.progress import task as running
 
     with progress() as observer, running(observer, f"trace {model}"):
-        part = inspect(open_model(model, task))
-    output().print(as_tree(part))
+        opened = open_model(model, task)
+        found = outliers_at(opened, calibration) if outliers else ()
+        printed = as_table(found) if outliers else as_tree(inspect(opened))
+    if in_json:
+        typer.echo(as_json(found))
+    else:
+        output().print(printed)
 
 
 @app.command()

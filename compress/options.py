@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from compress.errors import UsageError
@@ -51,3 +51,10 @@ def settings(texts: Iterable[str]) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise UsageError(f"--set {text}: the value is not YAML: {error}.", "Put it in quotes.") from error
     return found
+
+
+def require_with(option: str, given: bool, others: Mapping[str, bool]) -> None:
+    """Raise `UsageError` if one of `others` was given (its value says so) without `option`, which it belongs to."""
+    strangers = [name for name, present in others.items() if present and not given]
+    if strangers:
+        raise UsageError(f"{strangers[0]} goes with {option}.", f"Add {option}, or leave {strangers[0]} out.")

@@ -1,16 +1,18 @@
 """The attention that modelpress registers with transformers: fused, but for what a module's children change.
 
 transformers calls the function that the config names, so no forward is copied. A module with a child `products`
-computes its two products through it (see `compress.layers.products`); one with a `token_flow` adds the sizes of merged
-tokens (see `compress.layers.tokens`); one with a `linear_attention` has no softmax (see
-`compress.layers.linear_attention`). Any other module gets the fused attention of torch. A config never saves the name of
-its implementation.
+computes its two products through it (see `compress.layers.products`); one with a `softmax_clip` clips its probabilities
+between them (see `compress.layers.clip`); one with a `token_flow` adds the sizes of merged tokens (see
+`compress.layers.tokens`); one with a `linear_attention` has no softmax (see `compress.layers.linear_attention`). Any
+other module gets the fused attention of torch. A config never saves the name of its implementation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,13 +56,55 @@ def attention(
     flow = getattr(module, "token_flow", None)
     if flow is not None:
         attention_mask = flow.attend(query, key, value, _added(attention_mask, kwargs), scaling)
-    products = getattr(module, "products", None)
+    addends = [one for one in (kwargs.get("position_bias"), attention_mask) if one is not None]
+    products, clip = getattr(module, "products", None), getattr(module, "softmax_clip", None)
     if products is not None:
-        addends = [one for one in (kwargs.get("position_bias"), attention_mask) if one is not None]
-        return products(query, key, value, addends, scaling, dropout)
+        return products(query, key, value, addends, scaling, dropout, clip)
+    if clip is not None:
+        return multiplied(query, key, value, addends, scaling, partial(clip, addends=addends))
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
     )
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+@dataclass(frozen=True)
+class Maps:
+    """What each operand of the two products of an attention goes through last, in the shape that is multiplied."""
+
+    query: Callable[[Tensor], Tensor] = _same
+    key: Callable[[Tensor], Tensor] = _same
+    value: Callable[[Tensor], Tensor] = _same
+    probabilities: Callable[[Tensor], Tensor] = _same
+
+
+def multiplied(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    addends: Sequence[Tensor],
+    scaling: float,
+    weigh: Callable[[Tensor], Tensor],
+    maps: Maps = Maps(),
+) -> tuple[Tensor, Tensor]:
+    """`weigh`(softmax(q k^T `scaling` + the sum of `addends`)) v, by two products and a softmax.
+
+    `query` (batch, heads, queries, size), `key` and `value` (batch, kv heads, keys, size), `addends`
+    broadcastable to (batch, heads, queries, keys), which is what `weigh` is given and gives. Gives the mixture (batch,
+    queries, heads, size) and the probabilities. Heads that share a key are stacked along the queries, so that keys and
+    values are never repeated. Each operand is mapped last, in the shape in which it is multiplied: a reshape or a
+    transpose between a rounding and the product would keep runtimes from seeing an integer product.
+    """
+    batch, heads, queries, size = query.shape
+    stacked = (batch, key.shape[1], heads // key.shape[1] * queries)
+    scores = maps.query(query.reshape(*stacked, size)) @ maps.key(key.transpose(2, 3)) * scaling
+    scores = sum(addends, scores.reshape(batch, heads, queries, -1))
+    weights = weigh(torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype))
+    mixture = maps.probabilities(weights.reshape(*stacked, -1)) @ maps.value(value)
+    return mixture.reshape(batch, heads, queries, -1).transpose(1, 2).contiguous(), weights
 
 
 def _added(mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:

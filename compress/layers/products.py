@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
-import torch
 from torch import Tensor, nn
 
-from compress.layers.attention import routed
+from compress.layers.attention import Maps, multiplied, routed
+from compress.layers.clip import SoftmaxClip
 from compress.layers.linear_attention import is_linear_attention
 from compress.layers.quantized import Activation
 from compress.numerics.affine import Affine, affine
@@ -52,25 +52,23 @@ class Products(nn.Module):
         self.probabilities = Activation(0.0, 1.0)
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, addends: list[Tensor], scaling: float, dropout: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        addends: list[Tensor],
+        scaling: float,
+        dropout: float,
+        clip: SoftmaxClip | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """softmax(q k^T `scaling` + the sum of `addends`) v.
+        """softmax(q k^T `scaling` + the sum of `addends`) v: see `multiplied`, whose operands the children map."""
 
-        `query` (batch, heads, queries, size), `key` and `value` (batch, kv heads, keys, size), `addends`
-        broadcastable to (batch, heads, queries, keys). Gives the mixture (batch, queries, heads, size) and
-        the probabilities (batch, heads, queries, keys). Heads that share a key are stacked along the queries,
-        so that keys and values are never repeated. Each operand is rounded last, in the shape in which it is
-        multiplied: a reshape or a transpose between the rounding and the product would keep runtimes from
-        seeing an integer product.
-        """
-        batch, heads, queries, size = query.shape
-        stacked = (batch, key.shape[1], heads // key.shape[1] * queries)
-        scores = self.query(query.reshape(*stacked, size)) @ self.key(key.transpose(2, 3)) * scaling
-        scores = sum(addends, scores.reshape(batch, heads, queries, -1))
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-        weights = nn.functional.dropout(weights, dropout, training=self.training)
-        mixture = self.probabilities(weights.reshape(*stacked, -1)) @ self.value(value)
-        return mixture.reshape(batch, heads, queries, -1).transpose(1, 2).contiguous(), weights
+        def weigh(weights: Tensor) -> Tensor:
+            weights = weights if clip is None else clip(weights, addends)
+            return nn.functional.dropout(weights, dropout, training=self.training)
+
+        maps = Maps(self.query, self.key, self.value, self.probabilities)
+        return multiplied(query, key, value, addends, scaling, weigh, maps)
 
 
 def routed_attentions(module: nn.Module, example: Mapping[str, Tensor]) -> tuple[str, ...]:

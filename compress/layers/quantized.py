@@ -30,6 +30,14 @@ __all__ = [
     "swap",
 ]
 
+HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+)
+"""Where torch keeps what runs before and behind a module, by numbers that are never given twice."""
+
 
 class Activation(nn.Module):
     """Fake quantization of one tensor over the calibrated range [`low`, `high`], lowered by `scheme`.
@@ -167,7 +175,10 @@ def quantized(layer: nn.Module, input: Activation) -> QuantizedWeight:
 
 
 def swap(module: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> None:
-    """Put new layers in the place of old ones, wherever `module` holds them."""
+    """Put new layers in the place of old ones, wherever `module` holds them, with the hooks that those had."""
+    for old, new in layers.items():
+        for hooks in HOOKS:
+            getattr(new, hooks).update(getattr(old, hooks))
     for parent in list(module.modules()):
         for name, child in list(parent._modules.items()):
             if child in layers:

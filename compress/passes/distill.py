@@ -13,7 +13,8 @@ from pydantic import Field
 
 from compress.errors import Unsuitable
 from compress.passes.base import Context, Result
-from compress.passes.taught import AGREED, Taught, agrees_already, lessons, require_fall, trainable, trained
+from compress.passes.calming import Calmed, train_calm
+from compress.passes.taught import AGREED, agrees_already, lessons, require_fall, trainable, trained
 from compress.report import Skip
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from compress.model import Model
 
 
-class Distill(Taught):
+class Distill(Calmed):
     """Train the model to answer as its teacher does: the model that the run began with."""
 
     use: Literal["distill"] = "distill"
@@ -30,6 +31,8 @@ class Distill(Taught):
     """Steps of the optimizer."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """The largest learning rate."""
+    penalty: float = Field(default=0, ge=0)
+    """What outliers count, in units of the loss; the model may then answer as its teacher already."""
     train_embeddings: bool = False
     """Also train embeddings, and a head that is tied to one."""
 
@@ -42,6 +45,9 @@ class Distill(Taught):
 
     def apply(self, model: Model, context: Context) -> Result:
         self.check(model)
+        if self.penalty:
+            calmed = train_calm(self, model, context, self._candidates(model))
+            return Result(model.module, (calmed,), self._skips(model))
         with lessons(self, model, context) as lesson:
             before = lesson.mean_loss(model.module)
             if before < AGREED:

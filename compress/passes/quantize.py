@@ -146,21 +146,9 @@ class Quantize(Pass):
 
     def _route(self, model: Model) -> tuple[list[str], list[Skip]]:
         """The modules whose attention to quantize, and the attentions in scope that cannot be."""
-        from compress.layers.products import routed_attentions
+        from compress.passes.routing import routed_in
 
-        if not self.attention:
-            return [], []
-        routed = routed_attentions(model.module, model.example)
-        why = (
-            "its attention does not go through transformers' registry, or computes more than softmax(q k^T) v"
-        )
-        skips = [
-            Skip(attention.path, why)
-            for attention in model.graph.attentions
-            if attention.path in self.scope
-            and not any(f"{path}.".startswith(f"{attention.path}.") for path in routed)
-        ]
-        return [path for path in routed if path in self.scope], skips
+        return routed_in(model, self.scope) if self.attention else ([], [])
 
 
 def _input(weight: Weight) -> Input:

@@ -124,7 +124,7 @@ def agrees_already(use: str) -> Skip:
 
 def trainable(settings: Taught, model: Model, embeddings: bool = False) -> list[str]:
     """The names of the parameters in scope that may train: those of `embeddings`, and tied heads, only if asked."""
-    frozen = set() if embeddings else _embedded(model)
+    frozen = set() if embeddings else embedded(model)
     return [
         name
         for name, parameter in model.module.named_parameters()
@@ -141,7 +141,7 @@ def trained(
     return Change("the model", f"trained on {what}", f"loss {before:.4g}", f"loss {after:.4g} ({trained})")
 
 
-def _embedded(model: Model) -> set[nn.Parameter]:
+def embedded(model: Model) -> set[nn.Parameter]:
     """The parameters of embeddings, and so of heads that are tied to one."""
     paths = [weight.path for weight in model.graph.weights if weight.role == "embedding"]
     return {parameter for path in paths for parameter in model.module.get_submodule(path).parameters(False)}
