@@ -286,6 +286,13 @@ def test_maps_that_cannot_be_written_to_or_told_apart_stay(new, why):
         grouped(Model(module.eval(), example, task), kv_heads=2)
 
 
+def test_a_softmax_over_more_than_scores_is_no_attention_that_the_trace_knows():
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 7}
+    module = tf.GptOssForCausalLM(tf.GptOssConfig(**zoo.GROUPED, **sizes)).eval()
+    with pytest.raises(NothingToDo, match="the model: the trace shows no attention"):
+        grouped(Model(module, zoo.text(), "text-generation"), kv_heads=1)
+
+
 def test_repeated_heads_are_not_grouped_again():
     once = grouped(made("gpt2"), kv_heads=3).model
     with pytest.raises(NothingToDo, match="makes heads that are repeated already"):
