@@ -35,6 +35,7 @@ def saved(folder: Path) -> Path:
     return tiny.saved(tiny.llama(initializer_range=0.3), folder)
 
 
+@pytest.mark.slow
 def test_it_heals_and_then_measures(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in ((grouped, "WINDOW"), (decoding, "WINDOW")):
         monkeypatch.setattr(module, name, 32)

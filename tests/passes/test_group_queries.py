@@ -54,7 +54,7 @@ def falcon(**changes: Any) -> Any:
     return tf.FalconForCausalLM(config), zoo.text(), "text-generation"
 
 
-OTHERS = ("bert", "vit", "gpt2", "opt", "bloom", "gpt-neox", "modernbert", "t5")
+OTHERS = ("vit", "gpt2", "opt", "bloom", "gpt-neox", "modernbert", "t5")
 MAKERS = {
     **{name: zoo.BUILDERS[name] for name in OTHERS},
     **{"llama": llama, "phi3": phi3, "qwen3": qwen3, "gptj": gptj},
