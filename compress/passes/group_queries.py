@@ -90,6 +90,9 @@ class GroupQueries(Pass):
         from compress.passes.head_choice import reason_to_skip
 
         chosen, skips = [], []
+        if not model.graph.attentions:
+            why = "the trace shows no attention: no softmax of products of queries and keys alone that weighs values"
+            skips.append(Skip("the model", why))
         for attention in model.graph.attentions:
             if attention.path in self.scope:
                 why = reason_to_skip(model, attention, self.kv_heads, even=self.grouping != "norms")

@@ -227,3 +227,22 @@ def test_written_out_attention_gives_the_same_answers(name):
     module = copy.deepcopy(model.module)
     module.set_attn_implementation("eager")
     assert trace(module, model.example).attentions == model.graph.attentions
+
+
+@pytest.mark.parametrize(
+    ("name", "pairs"),
+    [
+        ("llama", tuple((place, place + 5) for place in range(5))),
+        ("gpt-neox", ((0, 1),)),
+        ("bert", ()),
+    ],
+)
+def test_features_that_positions_rotate_together(name, pairs):
+    assert {one.pairs for one in build(name).graph.attentions} == {pairs}
+
+
+def test_what_bends_the_scores():
+    assert {one.bend for one in build("llama").graph.attentions} == {""}
+    norm = "model.layers.1.self_attn.q_norm"
+    why = f"pow of `{norm}` stands between the map of its queries and its scores"
+    assert build("qwen3").graph.attentions[1].bend == why

@@ -54,10 +54,10 @@ def falcon(**changes: Any) -> Any:
     return tf.FalconForCausalLM(config), zoo.text(), "text-generation"
 
 
-OTHERS = ("bert", "vit", "gpt2", "opt", "bloom", "gpt-neox", "modernbert", "t5")
+OTHERS = ("vit", "gpt2", "opt", "bloom", "gpt-neox", "modernbert", "t5")
 MAKERS = {
     **{name: zoo.BUILDERS[name] for name in OTHERS},
-    **{"llama": llama, "phi3": phi3, "qwen3": qwen3, "gptj": gptj, "falcon": falcon},
+    **{"llama": llama, "phi3": phi3, "qwen3": qwen3, "gptj": gptj},
 }
 GROUPED = ("llama", "phi3", "qwen3")
 """Models whose config says how many key and value heads there are."""
@@ -270,12 +270,27 @@ def test_a_map_that_reads_two_tensors_stays():
         grouped(zoo.build("deberta"), kv_heads=2)
 
 
-def test_maps_that_the_trace_cannot_tell_apart_stay():
-    module, example, task = falcon(new_decoder_architecture=True)
-    with pytest.raises(
-        NothingToDo, match="is a FalconLinear, and no plain linear map|no linear map that makes its"
-    ):
+@pytest.mark.parametrize(
+    ("new", "why"),
+    [
+        (
+            False,
+            "`transformer.h.0.self_attention.query_key_value`, is a FalconLinear, and no plain linear map",
+        ),
+        (True, "the trace shows no linear map that makes its keys alone, head by head"),
+    ],
+)
+def test_maps_that_cannot_be_written_to_or_told_apart_stay(new, why):
+    module, example, task = falcon(new_decoder_architecture=new)
+    with pytest.raises(NothingToDo, match=why):
         grouped(Model(module.eval(), example, task), kv_heads=2)
+
+
+def test_a_softmax_over_more_than_scores_is_no_attention_that_the_trace_knows():
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 7}
+    module = tf.GptOssForCausalLM(tf.GptOssConfig(**zoo.GROUPED, **sizes)).eval()
+    with pytest.raises(NothingToDo, match="the model: the trace shows no attention"):
+        grouped(Model(module, zoo.text(), "text-generation"), kv_heads=1)
 
 
 def test_repeated_heads_are_not_grouped_again():
