@@ -58,7 +58,7 @@ def prepared(pixels: Tensor, model: Path) -> Tensor:
     side = _read(model / "config.json")["image_size"]
     trained = _read(model / "training.json")
     mean, std = (torch.tensor(trained[name], device=pixels.device)[:, None, None] for name in ("mean", "std"))
-    values = pixels.permute(0, 3, 1, 2).float() / 255
+    values = pixels.permute(0, 3, 1, 2).contiguous().float() / 255
     return (interpolate(values, size=side, mode="bilinear") - mean) / std
 
 

@@ -35,6 +35,13 @@ passes:
 """
 
 
+TWO = (
+    *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+    *("--main_process_port", "0"),
+)
+"""What starts two processes."""
+
+
 def test_without_a_launcher_there_is_one_process(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
@@ -95,10 +102,9 @@ def launched(folder: Path, recipe: str, out: str, *launcher: str) -> subprocess.
 
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives(folder):
-    accelerate = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
     runs = {
         "one": launched(folder, "recipe.yaml", "one"),
-        "two": launched(folder, "recipe.yaml", "two", *accelerate, "--main_process_port", "0"),
+        "two": launched(folder, "recipe.yaml", "two", *TWO),
     }
     for done in runs.values():
         assert done.returncode == 0, done.stderr
@@ -116,8 +122,7 @@ def test_two_processes_give_what_one_gives(folder):
 
 @pytest.mark.slow
 def test_statistics_of_batch_norms_are_the_same_in_two_processes(folder, tmp_path):
-    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0")
-    for name, launcher in (("one", ()), ("two", torchrun)):
+    for name, launcher in (("one", ()), ("two", TWO)):
         done = launched(folder, "normless.yaml", str(tmp_path / name), *launcher)
         assert done.returncode == 0, done.stderr
     one, two = (load_file(tmp_path / name / "checkpoint" / "model.safetensors") for name in ("one", "two"))
