@@ -55,7 +55,9 @@ def main() -> int:
 def accuracy(run: Run, steps: int) -> list[Row]:
     """How many held-out digits are read rightly with softmax, and with less of it."""
     digits = read_digits()
-    rows: list[Row] = [{"linear in": "no block", "accuracy, %": 100 * digits.accuracy(digits.model), "loss": ""}]
+    rows: list[Row] = [
+        {"linear in": "no block", "accuracy, %": 100 * digits.accuracy(digits.model), "loss": ""}
+    ]
     context = compress.Context(training=digits.batches)
     for layers in track(run.observer, "digits", LAYERS):
         settings = compress.SimplifyAttention(layers=layers, steps=steps, learning_rate=1e-3)
@@ -105,7 +107,9 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.linear_attention", description=__doc__)
     add_timing(parser, calls=5)
     parser.add_argument("--sizes", type=int, nargs="*", default=[224, 384, 512], help="pixels a side")
-    parser.add_argument("--steps", type=int, default=300, help="of training on digits; 0: leave this table out")
+    parser.add_argument(
+        "--steps", type=int, default=300, help="of training on digits; 0: leave this table out"
+    )
     return parser.parse_args()
 
 

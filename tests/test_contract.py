@@ -32,7 +32,7 @@ SETTINGS = {
     "expand_depth": {"depth": 4, "unhealed": True},
     "merge_tokens": {"remove": 3},
     "multi_branch": {"steps": 8, "learning_rate": 1e-5},
-    "simplify_attention": {"steps": 8, "learning_rate": 1e-3},
+    "simplify_attention": {"steps": 8, "learning_rate": 1e-5},
     "fuse_layers": {"remove": 1, "steps": 4, "learning_rate": 1e-3},
 }
 """Where there are no defaults, or they would take long."""

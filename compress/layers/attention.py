@@ -3,8 +3,8 @@
 transformers calls the function that the config names, so no forward is copied. A module with a child `products`
 computes its two products through it (see `compress.layers.products`); one with a `token_flow` adds the sizes of merged
 tokens (see `compress.layers.tokens`); one with a `linear_attention` has no softmax (see
-`compress.layers.linear_attention`). Any other module gets the fused attention of torch. A config never saves the name of
-its implementation.
+`compress.layers.linear_attention`). Any other module gets the fused attention of torch. A config never saves the name
+of its implementation.
 """
 
 from __future__ import annotations

@@ -27,7 +27,9 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, order: Order | N
     """
     kind = torch.promote_types(value.dtype, torch.float32)
     query, key = query.to(kind).relu(), key.to(kind).relu()
-    order = cheaper(query.shape[-2], key.shape[-2], query.shape[-1], value.shape[-1]) if order is None else order
+    order = (
+        cheaper(query.shape[-2], key.shape[-2], query.shape[-1], value.shape[-1]) if order is None else order
+    )
     total = query @ key.sum(-2, keepdim=True).transpose(-1, -2) + EPS
     turned, wide = key.transpose(-1, -2), value.to(kind)
     mixed = query @ (turned @ wide) if order == "state" else (query @ turned) @ wide

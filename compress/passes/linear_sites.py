@@ -94,7 +94,9 @@ def _reason(attention: Attention) -> str:
     if attention.cross:
         return "its keys come from another sequence, which lies on another grid or none"
     if attention.positions == "rotary":
-        return "queries and keys are rotated by their positions, and ReLU would cut off what that makes negative"
+        return (
+            "queries and keys are rotated by their positions, and ReLU would cut off what that makes negative"
+        )
     if attention.positions == "relative":
         return "a term is added to each score, and a linear attention has no scores"
     if attention.kv_heads != attention.heads:

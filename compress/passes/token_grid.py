@@ -46,7 +46,8 @@ def grid_of(
         forward(model.module, model.example)
     if not found:
         raise Unsuitable(
-            f"{what} works on tokens that lie on a grid, and no convolution gives one of {count} places.", remedy
+            f"{what} works on tokens that lie on a grid, and no convolution gives one of {count} places.",
+            remedy,
         )
     return found[0]
 

@@ -34,7 +34,9 @@ from export.runners import OnnxRunner
 from tests import zoo
 
 
-def heads(tokens: int = 17, size: int = 8, kind: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+def heads(
+    tokens: int = 17, size: int = 8, kind: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
     """Random queries, keys and values of two pictures and three heads."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, 3, tokens, size, generator=generator) for _ in range(3))
@@ -67,7 +69,10 @@ def test_sums_that_float16_cannot_hold() -> None:
     wanted = linear_attention(query.abs(), 30 * key.abs(), 30 * value.abs())
     assert made.dtype == torch.float16
     torch.testing.assert_close(made.float(), wanted, rtol=2e-3, atol=2e-3)
-    assert float((key.abs() * 30).transpose(2, 3).matmul(value.abs() * 30).max()) > torch.finfo(torch.float16).max
+    assert (
+        float((key.abs() * 30).transpose(2, 3).matmul(value.abs() * 30).max())
+        > torch.finfo(torch.float16).max
+    )
 
 
 def test_a_query_that_looks_at_nothing_gives_zeros() -> None:
@@ -115,7 +120,9 @@ def simplified(model: Model, blend: float = 0.0) -> Model:
 
 def test_with_softmax_alone_the_model_is_what_it_was() -> None:
     model = zoo.build("vit")
-    expected, found = (forward(one.module, model.example)["logits"] for one in (model, simplified(model, 1.0)))
+    expected, found = (
+        forward(one.module, model.example)["logits"] for one in (model, simplified(model, 1.0))
+    )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -244,7 +251,7 @@ def test_grids_and_special_tokens_are_found(name: str) -> None:
 
 def test_chosen_blocks_alone_become_linear() -> None:
     assert replaced(taught(registers(), layers=(1, 2), learning_rate=1e-5)) == [
-        f"encoder.layer.{number}.attention.attention.linear_attention" for number in (1, 2)
+        f"encoder.layer.{number}.attention.linear_attention" for number in (1, 2)
     ]
     with pytest.raises(Unsuitable, match="names block 3, and `vit.layers` has blocks 0 to 2"):
         taught(zoo.build("vit"), layers=(0, 3))
