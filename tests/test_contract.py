@@ -35,7 +35,7 @@ SETTINGS = {
     "group_queries": {"kv_heads": 1, "unhealed": True},
     "merge_tokens": {"remove": 3},
     "multi_branch": {"steps": 8, "learning_rate": 1e-5},
-    "simplify_attention": {"steps": 8, "learning_rate": 1e-3},
+    "simplify_attention": {"steps": 8, "learning_rate": 1e-5},
     "fuse_layers": {"remove": 1, "steps": 4, "learning_rate": 1e-3},
     "progressive_batch_norm": {"steps": 8, "learning_rate": 1e-3},
 }
