@@ -20,6 +20,8 @@ CASES = {
     "fuse_layers": ["bert", "gpt2", "llama", "vit"],
     "factorize": ["bert", "gpt2", "llama", "vit", "t5"],
     "merge_tokens": ["bert", "vit"],
+    "gate_attention": ["bert", "gpt2", "llama", "vit"],
+    "clip_softmax": ["bert"],
     "smooth": ["llama", "gpt2", "vit", "qwen3"],
     "quantize": ["bert", "gpt2", "llama", "vit", "resnet", "t5", "whisper"],
 }
@@ -29,6 +31,8 @@ SETTINGS = {
     "drop_layers": {"remove": 1},
     "expand_depth": {"depth": 4, "unhealed": True},
     "merge_tokens": {"remove": 3},
+    "gate_attention": {"steps": 4, "learning_rate": 1e-3, "penalty": 1.0},
+    "clip_softmax": {"steps": 4, "learning_rate": 1e-3, "penalty": 1.0, "alpha": 0.1},
     "fuse_layers": {"remove": 1, "steps": 4, "learning_rate": 1e-3},
 }
 """Where there are no defaults, or they would take long."""

@@ -37,9 +37,9 @@ class Calmed(Taught):
     """Steps of the optimizer."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """The largest learning rate."""
-    penalty: float = Field(default=0.3, ge=0)
-    """What outliers count, in units of the loss: times the relative noise of rounding to 8 bits, summed over what linear
-    maps read."""
+    penalty: float = Field(default=0.1, ge=0)
+    """What outliers count, in units of the loss: times the relative noise of rounding to 8 bits, summed over what
+    linear maps read."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def train_calm(
     its outliers have changed.
 
     `model` still answers as its teacher does, and its graph is that of the module before anything was put into it.
-    Raises `Unproved` unless both the largest value and the mean kurtosis have fallen.
+    Raises `Unproved` unless the mean kurtosis has fallen.
     """
     from compress.passes.spreads import linear_inputs
 
@@ -143,8 +143,8 @@ def trainable(model: Model) -> list[str]:
 
 
 def require_calmer(use: str, before: Calm, after: Calm) -> None:
-    """Raise `Unproved` unless the pass `use` has lowered both figures."""
-    if not (after.largest < before.largest and after.kurtosis < before.kurtosis):
+    """Raise `Unproved` unless the pass `use` has lowered the mean kurtosis, which does not depend on scales."""
+    if not after.kurtosis < before.kurtosis:
         raise Unproved(
             f"`{use}` did not make outliers fewer: {before} before, and {after} after.",
             "Raise `penalty`, take more steps, or give more data.",
