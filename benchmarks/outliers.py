@@ -214,7 +214,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help=f"windows of {WINDOW} tokens a step")
     parser.add_argument("--samples", type=int, default=768, help="windows to train on")
     parser.add_argument("--rate", type=float, default=1e-4)
-    parser.add_argument("--penalty", type=float, default=0.3)
+    parser.add_argument("--penalty", type=float, default=0.1)
     parser.add_argument("--windows", type=int, default=117, help="windows of each text to score")
     return parser.parse_args()
 

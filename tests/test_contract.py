@@ -24,6 +24,8 @@ CASES = {
     "progressive_batch_norm": ["bert", "gpt2", "llama", "vit", "swin"],
     "multi_branch": ["bert", "gpt2", "vit", "resnet"],
     "simplify_attention": ["vit", "dinov2"],
+    "gate_attention": ["bert", "gpt2", "llama", "vit"],
+    "clip_softmax": ["bert"],
     "smooth": ["llama", "gpt2", "vit", "qwen3"],
     "quantize": ["bert", "gpt2", "llama", "vit", "resnet", "t5", "whisper"],
 }
@@ -36,6 +38,8 @@ SETTINGS = {
     "merge_tokens": {"remove": 3},
     "multi_branch": {"steps": 8, "learning_rate": 1e-5},
     "simplify_attention": {"steps": 8, "learning_rate": 1e-5},
+    "gate_attention": {"steps": 4, "learning_rate": 1e-3, "penalty": 1.0},
+    "clip_softmax": {"steps": 4, "learning_rate": 1e-3, "penalty": 1.0, "alpha": 0.1},
     "fuse_layers": {"remove": 1, "steps": 4, "learning_rate": 1e-3},
     "progressive_batch_norm": {"steps": 8, "learning_rate": 1e-3},
 }

@@ -65,7 +65,7 @@ class Distill(Calmed):
 
     def _candidates(self, model: Model) -> list[str]:
         """The names of the parameters in scope that may train."""
-        return trainable(self, model, self.train_embeddings)
+        return trainable(model, self.scope, self.train_embeddings)
 
     def _skips(self, model: Model) -> tuple[Skip, ...]:
         from compress.layers.quantized import QuantizedWeight

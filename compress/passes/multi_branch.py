@@ -61,7 +61,7 @@ class MultiBranch(Taught):
             before = lesson.mean_loss(model.module)
             if before < AGREED:
                 return Result(model.module, (), (agrees_already(self.use),))
-            names = trainable(self, model)
+            names = trainable(model, self.scope)
             new = branch_out(model.module, chosen)
             measure(model.module, new, lesson.batches, context)
             names = lesson.reached(model.module, _renamed(names, new))

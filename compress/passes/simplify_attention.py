@@ -67,7 +67,7 @@ class SimplifyAttention(Taught):
         if not sites:
             return Result(model.module, (), tuple(skips))
         grid = find_grid(model, stack)
-        names = trainable(self, model)
+        names = trainable(model, self.scope)
         with lessons(self, model, context) as lesson:
             layers = install(model.module, sites, grid)
             own = [f"{site.path}.linear_attention.{name}" for site in sites for name in OWN]

@@ -13,6 +13,7 @@ from compress.data import spread
 from compress.errors import Unproved, Unsuitable
 from compress.passes.base import Context, Needs, Pass
 from compress.report import Change, Effect, Skip
+from compress.scope import Scope
 from compress.training import Training, train, training_batches, training_only
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from compress.model import Inputs, Model
     from compress.training import Loss
 
+EVERYTHING = Scope()
 AGREED = 1e-8
 """A loss below this is rounding: there is nothing to learn from the teacher."""
 MEASURED = 8
@@ -122,13 +124,13 @@ def agrees_already(use: str) -> Skip:
     )
 
 
-def trainable(settings: Taught, model: Model, embeddings: bool = False) -> list[str]:
-    """The names of the parameters in scope that may train: those of `embeddings`, and tied heads, only if asked."""
-    frozen = set() if embeddings else embedded(model)
+def trainable(model: Model, scope: Scope = EVERYTHING, embeddings: bool = False) -> list[str]:
+    """The names of the parameters in `scope` that may train: those of `embeddings`, and tied heads, only if asked."""
+    frozen = set() if embeddings else _embedded(model)
     return [
         name
         for name, parameter in model.module.named_parameters()
-        if name.rpartition(".")[0] in settings.scope and parameter.requires_grad and parameter not in frozen
+        if name.rpartition(".")[0] in scope and parameter.requires_grad and parameter not in frozen
     ]
 
 
@@ -141,7 +143,7 @@ def trained(
     return Change("the model", f"trained on {what}", f"loss {before:.4g}", f"loss {after:.4g} ({trained})")
 
 
-def embedded(model: Model) -> set[nn.Parameter]:
+def _embedded(model: Model) -> set[nn.Parameter]:
     """The parameters of embeddings, and so of heads that are tied to one."""
     paths = [weight.path for weight in model.graph.weights if weight.role == "embedding"]
     return {parameter for path in paths for parameter in model.module.get_submodule(path).parameters(False)}
