@@ -82,7 +82,7 @@ def train(arguments: argparse.Namespace, observer: Observer) -> int:
             continue
         model = compress.load_model(arguments.model, task="text-generation")
         training = batches(_source(arguments, arguments.samples, arguments.batch), model)
-        calibration = batches(_source(arguments, 32, 8), model)
+        calibration = batches(_source(arguments, arguments.calibration, 8), model)
         begun = time.perf_counter()
         try:
             outcome = compress.apply(
@@ -111,7 +111,7 @@ def measure(arguments: argparse.Namespace, observer: Observer) -> list[Score]:
         for text, file in TEXTS.items()
     }
     found = [name for name in VARIANTS if (arguments.out / _file(name)).exists()]
-    calibration = batches(_source(arguments, 64, 8), source)
+    calibration = batches(_source(arguments, arguments.calibration, 8), source)
     scores = []
     for name in track(observer, "variants", [FLOAT, *found]):
         folder = arguments.out / _file(name)
@@ -213,6 +213,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=8, help=f"windows of {WINDOW} tokens a step")
     parser.add_argument("--samples", type=int, default=768, help="windows to train on")
+    parser.add_argument(
+        "--calibration", type=int, default=64, help="windows to calibrate on, and to watch outliers"
+    )
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--penalty", type=float, default=0.1)
     parser.add_argument("--windows", type=int, default=117, help="windows of each text to score")
