@@ -21,7 +21,10 @@ from compress.pipeline import run
 from tests.test_contract import CASES
 from tests.zoo import build
 
-CASES_ELSEWHERE = [f"{name}:{models[:2][-1]}" for name, models in CASES.items()] + ["quantize:vit", "distill:vit"]
+CASES_ELSEWHERE = [f"{name}:{models[:2][-1]}" for name, models in CASES.items()] + [
+    "quantize:vit",
+    "distill:vit",
+]
 
 
 @pytest.fixture(scope="module")
