@@ -186,13 +186,13 @@ def cache_bytes(artifact: Artifact) -> int:
 def _affordable_steps(model: compress.Model, context: compress.Context, asked: Healing) -> int:
     """How many steps of training the minutes allow, by the time that a few take. What these train is thrown away."""
     seconds = []
-    for steps in (TRIED, 2 * TRIED):
+    for steps in (TRIED, 6 * TRIED):
         begun = time.perf_counter()
         # So small a rate lowers the loss in a few steps too, which the pass proves.
         compress.run(model, [_distill(asked, steps).model_copy(update={"learning_rate": 1e-5})], context)
         seconds.append(time.perf_counter() - begun)
-    step = max((seconds[1] - seconds[0]) / TRIED, 1e-3)
-    beside = max(seconds[1] - 2 * TRIED * step, 0)  # the losses before and after, and the proof
+    step = max((seconds[1] - seconds[0]) / (5 * TRIED), 1e-3)
+    beside = max(seconds[1] - 6 * TRIED * step, 0)  # the losses before and after, and the proof
     left = 60 * asked.minutes * SPARED - sum(seconds) - beside
     return max(1, min(asked.steps, int(left / step)))
 
