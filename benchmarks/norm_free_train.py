@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -36,12 +37,11 @@ def train(arguments: argparse.Namespace) -> None:
 
     before = score(model.module)
     print(f"top-1 before: {before:.2f} %", flush=True)
-    batches = varied(arguments)
     settings = compress.ProgressiveBatchNorm(
         steps=arguments.steps, learning_rate=arguments.learning_rate, precision=arguments.precision
     )
     begun = time.perf_counter()
-    context = compress.Context(device=arguments.device, training=batches, observer=Lines())
+    context = compress.Context(device=arguments.device, training=Varied(arguments), observer=Lines())
     made = compress.run(model, [settings], context).model
     seconds = time.perf_counter() - begun
     after = score(made.module)
@@ -57,17 +57,45 @@ def train(arguments: argparse.Namespace) -> None:
     (arguments.made / "training.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
-def varied(arguments: argparse.Namespace) -> Sequence[Inputs]:
-    """The training batches on the device: pictures in a shuffled order, round after round, flipped and shifted."""
-    bytes_ = pictures.pixels(arguments.data / TRAINING).to(arguments.device)
-    generator = torch.Generator().manual_seed(0)
-    wanted = arguments.batches * arguments.batch
-    rounds = [torch.randperm(len(bytes_), generator=generator) for _ in range(-(-wanted // len(bytes_)))]
-    parts = torch.cat(rounds)[:wanted].split(arguments.batch)
-    return [
-        {"pixel_values": pictures.prepared(moved(bytes_[part.to(bytes_.device)], generator), arguments.model)}
-        for part in parts
-    ]
+class Varied(Sequence[Inputs]):
+    """As many batches of training pictures as there are steps, each made when it is asked for, on the device.
+
+    Each is drawn anew, flipped, shifted, and a share `mixed` of it blended with other pictures of the batch: what a
+    teacher says of a blend is more than a class.
+    """
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.pixels = pictures.pixels(arguments.data / TRAINING).to(arguments.device)
+        self.arguments = arguments
+
+    def __len__(self) -> int:
+        return self.arguments.steps
+
+    @overload
+    def __getitem__(self, index: int) -> Inputs: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Inputs]: ...
+    def __getitem__(self, index: int | slice) -> Inputs | Sequence[Inputs]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(len(self))[index]]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        generator = torch.Generator().manual_seed(index)
+        chosen = torch.randint(len(self.pixels), (self.arguments.batch,), generator=generator)
+        drawn = moved(self.pixels[chosen.to(self.pixels.device)], generator)
+        return {
+            "pixel_values": mixed(
+                pictures.prepared(drawn, self.arguments.model), self.arguments.mixed, generator
+            )
+        }
+
+
+def mixed(values: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """The first `share` of a batch (batch, ...) blended with the pictures after each, by parts drawn evenly."""
+    count = round(share * len(values))
+    parts = torch.rand(count, generator=generator).to(values)[:, None, None, None]
+    blended = parts * values[:count] + (1 - parts) * values.roll(-1, 0)[:count]
+    return torch.cat([blended, values[count:]])
 
 
 def moved(pixels: Tensor, generator: torch.Generator) -> Tensor:

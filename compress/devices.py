@@ -91,7 +91,7 @@ class Moved(Sequence[Batch]):
 
 
 def kept(batches: Iterable[Batch]) -> Sequence[Batch]:
-    """All of `batches` in memory; of `Moved` ones, where they were before."""
-    if isinstance(batches, Moved):
+    """`batches` with places: a sequence as it is, which may make each batch when asked; all others in a list."""
+    if isinstance(batches, Moved) and not isinstance(batches.batches, Sequence):
         return Moved(list(batches.batches), batches.device)
-    return list(batches)
+    return batches if isinstance(batches, Sequence) else list(batches)
