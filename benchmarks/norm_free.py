@@ -2,7 +2,8 @@
 
 `train` teaches the model in the folder `--model` on the training pictures in `--data`, flipped and shifted, and writes
 the checkpoint `--made`, with weights in float16. It needs torch and transformers alone, so that it runs where there is
-a GPU and nothing else. `measure` exports that checkpoint and the model it came from with `export.Onnx(runtime="cpu")`,
+a GPU and nothing else; `accelerate launch --multi_gpu -m benchmarks.norm_free train ...` shares each step between
+GPUs. `measure` exports that checkpoint and the model it came from with `export.Onnx(runtime="cpu")`,
 both also with `quantize`, and prints for each what the graph holds, top-1 on the test pictures by ONNX Runtime, and
 speed, timed in alternating rounds, one process each, as a Markdown table.
 """
@@ -40,8 +41,8 @@ def _parse() -> argparse.Namespace:
             "--made", type=Path, required=True, help="folder of the checkpoint that `train` writes"
         )
     train.add_argument("--steps", type=int, default=2000)
-    train.add_argument("--batch", type=int, default=512, help="pictures a step")
-    train.add_argument("--mixed", type=float, default=0.5, help="the share of pictures blended with others")
+    train.add_argument("--batch", type=int, default=512, help="pictures a step, of each process")
+    train.add_argument("--mixed", type=float, default=0.25, help="the share of pictures blended with others")
     train.add_argument("--learning-rate", type=float, default=5e-4)
     train.add_argument("--precision", choices=("float32", "bfloat16", "auto"), default="auto")
     train.add_argument("--device", default="cpu")

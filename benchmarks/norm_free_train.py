@@ -18,6 +18,7 @@ import compress
 from benchmarks import pictures
 from benchmarks.classifying import top1
 from benchmarks.norm_free import TEST, TRAINING
+from compress import processes
 from compress.model import Inputs
 
 SHIFT = 4
@@ -27,49 +28,59 @@ EVERY = 100
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Teach the model without its norms, say what that costs in torch, and write the checkpoint."""
+    """Teach the model without its norms, say what that costs in torch, and write the checkpoint.
+
+    Of several processes each takes a batch of each step, on a device of its own, and the main one tells and writes.
+    """
+    device = processes.own_device(arguments.device)
     model = compress.load_model(arguments.model, task="image-classification")
     test, classes = pictures.pixels(arguments.data / TEST), pictures.classes(arguments.data / TEST)
 
     def score(module: nn.Module) -> float:
-        module = module.to(arguments.device)
-        return top1(answers(module, test, arguments.model, arguments.device), classes)
+        return top1(answers(module.to(device), test, arguments.model, device), classes)
 
     before = score(model.module)
-    print(f"top-1 before: {before:.2f} %", flush=True)
+    tell(f"top-1 before: {before:.2f} %")
     settings = compress.ProgressiveBatchNorm(
-        steps=arguments.steps, learning_rate=arguments.learning_rate, precision=arguments.precision
+        steps=arguments.steps,
+        learning_rate=arguments.learning_rate,
+        precision=arguments.precision,
+        accumulate=processes.count(),
     )
     begun = time.perf_counter()
-    context = compress.Context(device=arguments.device, training=Varied(arguments), observer=Lines())
+    context = compress.Context(device=device, training=Varied(arguments, device), observer=Lines())
     made = compress.run(model, [settings], context).model
     seconds = time.perf_counter() - begun
     after = score(made.module)
     # Half as many bytes; whoever loads them computes in float32.
     made.module.cpu().half()
     stored = score(made.module.float())
-    print(
-        f"top-1 after: {after:.2f} %, with weights rounded to float16 {stored:.2f} %; {seconds:.0f} s",
-        flush=True,
-    )
-    compress.save(replace(made, module=made.module.cpu().half()), arguments.made, force=True)
-    facts = {"before": before, "after": after, "stored": stored, "seconds": seconds}
-    (arguments.made / "training.json").write_text(json.dumps(facts), encoding="utf-8")
+    tell(f"top-1 after: {after:.2f} %, with weights rounded to float16 {stored:.2f} %; {seconds:.0f} s")
+    if processes.is_main():
+        compress.save(replace(made, module=made.module.cpu().half()), arguments.made, force=True)
+        facts = {"before": before, "after": after, "stored": stored, "seconds": seconds}
+        (arguments.made / "training.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def tell(line: str) -> None:
+    """Print `line`, once."""
+    if processes.is_main():
+        print(line, flush=True)
 
 
 class Varied(Sequence[Inputs]):
-    """As many batches of training pictures as there are steps, each made when it is asked for, on the device.
+    """The training batches of all steps, each made on `device` when it is asked for.
 
     Each is drawn anew, flipped, shifted, and a share `mixed` of it blended with other pictures of the batch: what a
     teacher says of a blend is more than a class.
     """
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.pixels = pictures.pixels(arguments.data / TRAINING).to(arguments.device)
+    def __init__(self, arguments: argparse.Namespace, device: str) -> None:
+        self.pixels = pictures.pixels(arguments.data / TRAINING).to(device)
         self.arguments = arguments
 
     def __len__(self) -> int:
-        return self.arguments.steps
+        return self.arguments.steps * processes.count()
 
     @overload
     def __getitem__(self, index: int) -> Inputs: ...
@@ -136,7 +147,4 @@ class Line:
     def advance(self, steps: int = 1) -> None:
         self.done += steps
         if self.done % EVERY == 0 or self.done == self.total:
-            print(
-                f"{self.what}: {self.done} of {self.total}, {time.perf_counter() - self.begun:.0f} s",
-                flush=True,
-            )
+            tell(f"{self.what}: {self.done} of {self.total}, {time.perf_counter() - self.begun:.0f} s")
