@@ -42,7 +42,7 @@ def _parse() -> argparse.Namespace:
         )
     train.add_argument("--steps", type=int, default=2000)
     train.add_argument("--batch", type=int, default=512, help="pictures a step, of each process")
-    train.add_argument("--mixed", type=float, default=0.25, help="the share of pictures blended with others")
+    train.add_argument("--task", type=float, default=0.5, help="what the classes count beside the teacher")
     train.add_argument("--learning-rate", type=float, default=5e-4)
     train.add_argument("--precision", choices=("float32", "bfloat16", "auto"), default="auto")
     train.add_argument("--device", default="cpu")

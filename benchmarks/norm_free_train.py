@@ -46,6 +46,7 @@ def train(arguments: argparse.Namespace) -> None:
         learning_rate=arguments.learning_rate,
         precision=arguments.precision,
         accumulate=processes.count(),
+        task=arguments.task,
     )
     begun = time.perf_counter()
     context = compress.Context(device=device, training=Varied(arguments, device), observer=Lines())
@@ -71,12 +72,12 @@ def tell(line: str) -> None:
 class Varied(Sequence[Inputs]):
     """The training batches of all steps, each made on `device` when it is asked for.
 
-    Each is drawn anew, flipped, shifted, and a share `mixed` of it blended with other pictures of the batch: what a
-    teacher says of a blend is more than a class.
+    Its pictures are drawn anew, flipped and shifted; their classes are the `labels`.
     """
 
     def __init__(self, arguments: argparse.Namespace, device: str) -> None:
         self.pixels = pictures.pixels(arguments.data / TRAINING).to(device)
+        self.classes = pictures.classes(arguments.data / TRAINING)
         self.arguments = arguments
 
     def __len__(self) -> int:
@@ -94,19 +95,8 @@ class Varied(Sequence[Inputs]):
         generator = torch.Generator().manual_seed(index)
         chosen = torch.randint(len(self.pixels), (self.arguments.batch,), generator=generator)
         drawn = moved(self.pixels[chosen.to(self.pixels.device)], generator)
-        return {
-            "pixel_values": mixed(
-                pictures.prepared(drawn, self.arguments.model), self.arguments.mixed, generator
-            )
-        }
-
-
-def mixed(values: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """The first `share` of a batch (batch, ...) blended with the pictures after each, by parts drawn evenly."""
-    count = round(share * len(values))
-    parts = torch.rand(count, generator=generator).to(values)[:, None, None, None]
-    blended = parts * values[:count] + (1 - parts) * values.roll(-1, 0)[:count]
-    return torch.cat([blended, values[count:]])
+        values = pictures.prepared(drawn, self.arguments.model)
+        return {"pixel_values": values, "labels": self.classes[chosen].to(values.device)}
 
 
 def moved(pixels: Tensor, generator: torch.Generator) -> Tensor:

@@ -15,10 +15,10 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,12 +38,12 @@ TEXTS = {"lm_dev": "lm_dev.txt.gz", "wikitext2": "wikitext2_valid.txt.gz"}
 WINDOW = 512
 FLOAT = "uncompressed"
 
-VARIANTS: dict[str, Mapping[str, Any]] = {
-    "penalty alone": {"use": "distill"},
-    "gates, linear": {"use": "gate_attention"},
-    "gates, mlp": {"use": "gate_attention", "kind": "mlp"},
-    "gates, all features": {"use": "gate_attention", "kind": "all"},
-    "clipped softmax": {"use": "clip_softmax"},
+VARIANTS: dict[str, Callable[..., compress.Pass]] = {
+    "penalty alone": compress.Distill,
+    "gates, linear": compress.GateAttention,
+    "gates, mlp": partial(compress.GateAttention, kind="mlp"),
+    "gates, all features": partial(compress.GateAttention, kind="all"),
+    "clipped softmax": compress.ClipSoftmax,
 }
 """All with the same training and penalty. Without a penalty there is nothing to learn from an equal teacher."""
 
@@ -87,7 +87,7 @@ def train(arguments: argparse.Namespace, observer: Observer) -> int:
         try:
             outcome = compress.apply(
                 model,
-                [_pass(VARIANTS[name], arguments)],
+                [_pass(name, arguments)],
                 calibration=calibration,
                 training=training,
                 device=arguments.device,
@@ -168,16 +168,9 @@ def log_perplexity(module: nn.Module, tokens: Tensor, device: str) -> float:
     return total / (len(tokens) * (tokens.shape[1] - 1))
 
 
-def _pass(settings: Mapping[str, Any], arguments: argparse.Namespace) -> compress.Pass:
-    from compress.recipe import find
-
-    training = {
-        "steps": arguments.steps,
-        "learning_rate": arguments.rate,
-        "penalty": arguments.penalty,
-        "precision": "auto",
-    }
-    return find("compress.passes", settings["use"]).model_validate(training | dict(settings))
+def _pass(name: str, arguments: argparse.Namespace) -> compress.Pass:
+    steps, rate, penalty = arguments.steps, arguments.rate, arguments.penalty
+    return VARIANTS[name](steps=steps, learning_rate=rate, penalty=penalty, precision="auto")
 
 
 def _source(arguments: argparse.Namespace, samples: int, batch: int) -> Source:

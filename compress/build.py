@@ -60,7 +60,11 @@ def apply(
         observer=observer,
     )
     given = {"calibration": calibration, "training": training, "heldout": heldout}
-    given = {name: as_batches(data, model) for name, data in given.items() if data is not None}
+    given = {
+        name: as_batches(data, model, labels=name == "training")
+        for name, data in given.items()
+        if data is not None
+    }
     return _run(model, passes, replace(context, **given))
 
 

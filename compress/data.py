@@ -177,16 +177,22 @@ def spread(examples: Sequence[Example], count: int | None) -> list[Example]:
     return [examples[number * len(examples) // count] for number in range(count)]
 
 
-def as_batches(given: Iterable[Mapping[str, torch.Tensor]], model: Model) -> Batches:
+LABELS = "labels"
+"""The argument by which models of transformers take the right answers, and then give their loss."""
+
+
+def as_batches(given: Iterable[Mapping[str, torch.Tensor]], model: Model, labels: bool = False) -> Batches:
     """`given` batches of forward keyword arguments, checked against `model.example` and kept in memory.
 
-    Raises `DataError` for no batch, for names or ranks that differ from the example's, and for values that
-    are not finite.
+    With `labels` they may have these, too, as training data has. Raises `DataError` for no batch, for names or ranks
+    that differ from the example's, and for values that are not finite.
     """
     groups = tuple(dict(batch) for batch in given)
     if not groups:
         raise DataError("There is no batch in the data.", "Give at least one batch of forward arguments.")
     for number, batch in enumerate(groups):
+        if labels:
+            batch = {name: value for name, value in batch.items() if name != LABELS}
         require_fit(batch, model, f"Batch {number} of the data")
     samples = sum(len(next(iter(batch.values()))) for batch in groups)
     return Batches(tuple((batch,) for batch in groups), lambda group: group[0], samples, samples)

@@ -41,6 +41,8 @@ class Taught(Training, Pass):
     the model has them, else `hidden`."""
     temperature: float = Field(default=1.0, gt=0)
     """Of `logits`: distributions are softened by it."""
+    task: float = Field(default=0.0, ge=0)
+    """What the model's own loss counts beside the teacher's, with the `labels` of the training batches."""
     relation_heads: int | None = Field(default=None, ge=1)
     """Of `minilm`: cut queries, keys and values into so many heads and relate each with itself, so that teacher and
     student may have different heads. Without it, their own heads: attentions and value relations."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from compress.errors import Unsuitable, UsageError
+from compress.errors import DataError, Unsuitable, UsageError
 from compress.graph.structure import Attention, Projection
 from compress.model import Inputs, Model
 from compress.numerics.relations import (
@@ -46,20 +46,26 @@ def objective(settings: Taught, model: Model, teacher: Model) -> tuple[str, Loss
     kind = settings.loss
     if kind == "auto":
         kind = "logits" if _has_logits(model) else "hidden"
-    if kind == "both" and not _has_logits(model):
-        kind = "hidden"
-    if kind == "logits":
-        return kind, logits_loss(model, teacher, settings.temperature)
-    if kind == "hidden":
-        return kind, hidden_loss(model, teacher)
-    if kind == "both":
-        return "logits and hidden", _both_loss(model, teacher, settings.temperature)
-    return kind, relations_loss(model, teacher, settings.relation_heads)
+    if kind == "minilm":
+        if settings.task:
+            raise Unsuitable(
+                "`loss: minilm` trains nothing behind the last attention, so `task` would have no head to learn with.",
+                "Leave out `task`, or use another `loss`.",
+            )
+        return kind, relations_loss(model, teacher, settings.relation_heads)
+    parts: dict[str, Part] = {}
+    if kind == "logits" or (kind == "both" and _has_logits(model)):
+        parts["logits"] = _logits_part(model, teacher, settings.temperature)
+    if kind != "logits":
+        parts["hidden"] = _hidden_part(model, teacher)
+    if settings.task:
+        parts["labels"] = _task_part(settings.task)
+    return " and ".join(parts), _answers_loss(teacher, list(parts.values()), states=kind != "logits")
 
 
 def logits_loss(model: Model, teacher: Model, temperature: float) -> Loss:
     """The divergence of the student's distributions from the teacher's, mean over positions that are no padding."""
-    return _answers_loss(teacher, _logits_part(model, teacher, temperature), states=False)
+    return _answers_loss(teacher, [_logits_part(model, teacher, temperature)], states=False)
 
 
 def hidden_loss(model: Model, teacher: Model) -> Loss:
@@ -67,26 +73,21 @@ def hidden_loss(model: Model, teacher: Model) -> Loss:
 
     Raises `Unsuitable` for models that give no hidden states, or of another width.
     """
-    return _answers_loss(teacher, _hidden_part(model, teacher), states=True)
-
-
-def _both_loss(model: Model, teacher: Model, temperature: float) -> Loss:
-    """The sum of both, for which each model runs once."""
-    logits, hidden = _logits_part(model, teacher, temperature), _hidden_part(model, teacher)
-    return _answers_loss(teacher, lambda *answers: logits(*answers) + hidden(*answers), states=True)
+    return _answers_loss(teacher, [_hidden_part(model, teacher)], states=True)
 
 
 Part = Callable[[Any, Any, Inputs], Tensor]
 """A loss of what the teacher and the student return for a batch."""
 
 
-def _answers_loss(teacher: Model, part: Part, states: bool) -> Loss:
-    """`part` of one run of each model; with `states`, these are asked for."""
+def _answers_loss(teacher: Model, parts: Sequence[Part], states: bool) -> Loss:
+    """The sum of `parts` for one run of each model; with `states`, these are asked for."""
     ask = _with_states if states else _plainly
 
     def loss(module: nn.Module, batch: Inputs) -> Tensor:
         wanted = _untaught(teacher.module, lambda one: ask(one, batch))
-        return part(wanted, ask(module, batch), batch)
+        given = ask(module, batch)
+        return torch.stack([part(wanted, given, batch) for part in parts]).sum()
 
     return loss
 
@@ -130,6 +131,26 @@ def _hidden_part(model: Model, teacher: Model) -> Part:
             for number, state in zip(matched(len(one), len(other)), other, strict=True)
         ]
         return torch.stack(errors).mean()
+
+    return part
+
+
+def _task_part(weight: float) -> Part:
+    """`weight` times the loss that the student itself gives for the labels of a batch."""
+
+    def part(teacher_gives: Any, student_gives: Any, batch: Inputs) -> Tensor:
+        del teacher_gives
+        if "labels" not in batch:
+            raise DataError(
+                "`task` counts the loss of labels, and the training data has none.",
+                "Give training batches with `labels`, or leave out `task`.",
+            )
+        own = student_gives.get("loss") if isinstance(student_gives, Mapping) else None
+        if own is None:
+            raise Unsuitable(
+                "The model gives no loss for labels, which `task` would count.", "Leave out `task`."
+            )
+        return weight * own.float()
 
     return part
 

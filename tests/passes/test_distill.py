@@ -339,3 +339,43 @@ def test_losses_that_a_model_cannot_be_asked():
     classes = [tiny.bert_classifier(dict(enumerate("abc"[:count]))) for count in (2, 3)]
     with pytest.raises(Unsuitable, match=r"The teacher's logits are \(2, 3\) and the student's \(2, 2\)"):
         taught(*classes)
+
+
+def labelled(model: Model, rows: int = 2) -> dict[str, torch.Tensor]:
+    return {**model.example, "labels": torch.arange(rows) % 2}
+
+
+@pytest.mark.parametrize("loss", ["logits", "hidden", "both"])
+def test_labels_count_beside_the_teacher(loss):
+    teacher = tiny.bert_classifier(dict(enumerate("ab")))
+    student, batch = shaken(teacher), labelled(teacher)
+    kind, both = objective(Distill(loss=loss, task=0.3), student, teacher)
+    alone = objective(Distill(loss=loss), student, teacher)[1]
+    own = nn.functional.cross_entropy(forward(student.module, student.example)["logits"], batch["labels"])
+    assert kind.endswith(" and labels")
+    assert both(student.module, batch).item() == pytest.approx(
+        alone(student.module, student.example).item() + 0.3 * own.item(), rel=1e-5
+    )
+
+
+def test_a_student_learns_labels_that_its_teacher_does_not_know():
+    teacher = tiny.bert_classifier(dict(enumerate("ab")))
+    batch = labelled(teacher)
+    settings = Distill(steps=60, learning_rate=1e-2, task=10)
+    made = compress.apply(teacher, [settings], training=[batch]).model
+    before, after = (forward(one.module, one.example)["logits"] for one in (teacher, made))
+    assert after.argmax(-1).equal(batch["labels"])
+    losses = [nn.functional.cross_entropy(one, batch["labels"]).item() for one in (before, after)]
+    assert losses[1] < 0.5 * losses[0]
+
+
+def test_a_task_needs_labels_and_a_head():
+    teacher = tiny.bert_classifier(dict(enumerate("ab")))
+    with pytest.raises(DataError, match="the training data has none"):
+        taught(teacher, shaken(teacher), task=1)
+    with pytest.raises(Unsuitable, match="no head to learn with"):
+        taught(teacher, shaken(teacher), task=1, loss="minilm")
+    with pytest.raises(DataError, match="gives the arguments"):
+        compress.apply(
+            teacher, [Distill(steps=1)], calibration=[labelled(teacher)], training=[labelled(teacher)]
+        )
