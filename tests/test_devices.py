@@ -92,6 +92,7 @@ def test_batches_come_when_they_are_asked_for_and_stay_where_they_were():
     assert again.batches == batches
     assert len(list(Moved((batch for batch in batches), "meta"))) == 4  # what has no length
     assert kept(iter(batches)) == batches
+    assert kept(batches) is batches  # a sequence may make each when it is asked for
     assert moved({"x": batches[1]["x"], "use_cache": False}, None) == {
         "x": batches[1]["x"],
         "use_cache": False,

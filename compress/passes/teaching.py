@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from compress.data import LABELS
 from compress.errors import DataError, Unsuitable, UsageError
 from compress.graph.structure import Attention, Projection
 from compress.model import Inputs, Model
@@ -140,7 +141,7 @@ def _task_part(weight: float) -> Part:
 
     def part(teacher_gives: Any, student_gives: Any, batch: Inputs) -> Tensor:
         del teacher_gives
-        if "labels" not in batch:
+        if LABELS not in batch:
             raise DataError(
                 "`task` counts the loss of labels, and the training data has none.",
                 "Give training batches with `labels`, or leave out `task`.",

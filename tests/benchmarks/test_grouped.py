@@ -39,7 +39,7 @@ def saved(folder: Path) -> Path:
 def test_it_heals_and_then_measures(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in ((grouped, "WINDOW"), (decoding, "WINDOW")):
         monkeypatch.setattr(module, name, 32)
-    monkeypatch.setattr(grouped, "TRIED", 1)
+    monkeypatch.setattr(grouped, "TRIED", (1, 6))
     monkeypatch.setattr(grouped, "PAST", 7)
     model, out = saved(tmp_path / "model"), tmp_path / "out"
     facts = grouped.heal(data, model, out, ASKED, SILENT)
