@@ -103,30 +103,19 @@ class Factorize(Pass):
 
     def _choose(self, model: Model) -> tuple[list[Weight], list[Skip]]:
         """The linear maps to factorize, and the weighted modules in scope that stay as they are."""
-        chosen, skips = [], []
-        for weight in model.graph.weights:
-            if weight.path in self.scope:
-                why = self._reason_to_skip(model, weight)
-                skips += [Skip(weight.path, why)] if why else []
-                chosen += [] if why else [weight]
+        from compress.layers.linear import matrix
+        from compress.passes.plain_maps import plain_maps
+
+        weights, skips = plain_maps(model, self.scope, self.head)
+        chosen = []
+        for weight in weights:
+            out, width = matrix(model.module.get_submodule(weight.path)).shape
+            if self.multiple * (out + width) < out * width:
+                chosen.append(weight)
+            else:
+                why = f"{out}x{width} has no rank of {self.multiple} or more that saves anything"
+                skips.append(Skip(weight.path, why))
         return chosen, skips
-
-    def _reason_to_skip(self, model: Model, weight: Weight) -> str:
-        from compress.layers.linear import is_linear, matrix
-
-        layer = model.module.get_submodule(weight.path)
-        if weight.role == "embedding":
-            return "an embedding; look-ups have no product to save"
-        if weight.role == "head" and not self.head:
-            return "the output head; set `head: true` to factorize it"
-        if not is_linear(layer):
-            return f"{type(layer).__name__} is not a plain linear map"
-        if sharers := model.graph.sharers(f"{weight.path}.weight"):
-            return f"its weight is tied with {', '.join(sharers)}"
-        out, width = matrix(layer).shape
-        if self.multiple * (out + width) >= out * width:
-            return f"{out}x{width} has no rank of {self.multiple} or more that saves anything"
-        return ""
 
     def _moments(self, model: Model, context: Context, weights: Sequence[Weight]) -> Moments:
         from compress.passes.moments import Moments, fisher_moments, input_moments

@@ -198,7 +198,7 @@ def test_heads_embeddings_and_ties_stay():
     model = fresh("llama")
     reasons = {skip.target: skip.why for skip in factorize(model).skips}
     assert reasons["model.embed_tokens"] == "an embedding; look-ups have no product to save"
-    assert reasons["lm_head"] == "the output head; set `head: true` to factorize it"
+    assert reasons["lm_head"] == "the output head; set `head: true` to include it"
 
 
 def test_thin_layers_stay():

@@ -1,0 +1,41 @@
+"""The linear maps that a pass may write in another form: weights of their own, which one matrix product uses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from compress.report import Skip
+from compress.scope import Scope
+
+if TYPE_CHECKING:
+    from compress.graph.structure import Weight
+    from compress.model import Model
+
+
+def plain_maps(model: Model, scope: Scope, head: bool) -> tuple[list[Weight], list[Skip]]:
+    """The plain linear maps in `scope`, the output head among them if `head`; and why other weights there are none.
+
+    `head` is a setting of the pass that asks, which the reason names.
+    """
+    found, skips = [], []
+    for weight in model.graph.weights:
+        if weight.path in scope:
+            why = _reason(model, weight, head)
+            skips += [Skip(weight.path, why)] if why else []
+            found += [] if why else [weight]
+    return found, skips
+
+
+def _reason(model: Model, weight: Weight, head: bool) -> str:
+    from compress.layers.linear import is_linear
+
+    layer = model.module.get_submodule(weight.path)
+    if weight.role == "embedding":
+        return "an embedding; look-ups have no product to save"
+    if weight.role == "head" and not head:
+        return "the output head; set `head: true` to include it"
+    if not is_linear(layer):
+        return f"{type(layer).__name__} is not a plain linear map"
+    if sharers := model.graph.sharers(f"{weight.path}.weight"):
+        return f"its weight is tied with {', '.join(sharers)}"
+    return ""
