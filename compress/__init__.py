@@ -27,7 +27,9 @@ from compress.passes.multi_branch import MultiBranch
 from compress.passes.progressive_batch_norm import ProgressiveBatchNorm
 from compress.passes.quantize import Quantize
 from compress.passes.simplify_attention import SimplifyAttention
+from compress.passes.slice_ranks import SliceRanks
 from compress.passes.smooth import Smooth
+from compress.passes.train_ranks import TrainRanks
 from compress.pipeline import Outcome, run
 from compress.recipe import Recipe, load_recipe
 from compress.report import Caution, Change, Parity, Skip, Step
@@ -63,9 +65,11 @@ __all__ = [
     "Scope",
     "SimplifyAttention",
     "Skip",
+    "SliceRanks",
     "Smooth",
     "Step",
     "Target",
+    "TrainRanks",
     "apply",
     "build",
     "load",

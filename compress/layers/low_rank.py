@@ -28,8 +28,35 @@ class LowRankLinear(nn.Module):
         """The bias (out,), if there is one."""
         return self.expand.bias
 
+    @property
+    def rank(self) -> int:
+        """The number of features between the two."""
+        return len(self.reduce.weight)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.expand(self.reduce(x))
+
+    def cut(self, rank: int) -> LowRankLinear:
+        """A plain one with the first `rank` of the features, which are copied."""
+        return LowRankLinear(
+            self.expand.weight[:, :rank].clone(), self.reduce.weight[:rank].clone(), self.bias
+        )
+
+    def dense(self) -> nn.Linear:
+        """The product as one linear map."""
+        return _linear(self.weight, self.bias)
+
+
+class OrderedLowRank(LowRankLinear):
+    """A linear map as two thin ones that trains with fewer features: the first `active` of them take part."""
+
+    def __init__(self, expand: Tensor, reduce: Tensor, bias: Tensor | None) -> None:
+        super().__init__(expand, reduce, bias)
+        self.active = len(reduce)
+
+    def forward(self, x: Tensor) -> Tensor:
+        narrow = nn.functional.linear(x, self.reduce.weight[: self.active])
+        return nn.functional.linear(narrow, self.expand.weight[:, : self.active], self.expand.bias)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

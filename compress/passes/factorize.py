@@ -14,6 +14,7 @@ from pydantic import Field
 
 from compress.errors import Unsuitable
 from compress.passes.base import Context, Needs, Pass, Result
+from compress.passes.metric import UNSEEN, Map, Method, metrics
 from compress.progress import track
 from compress.report import Change, Effect, Skip
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from compress.graph.structure import Weight
     from compress.model import Model
     from compress.numerics.low_rank import Offer, Spectrum
-    from compress.passes.moments import Moments
 
 
 DENSE = "stays dense: factors that save anything would lose more here"
@@ -40,7 +40,7 @@ class Factorize(Pass):
     """The share of the cost of all linear maps in scope that is left."""
     of: Literal["parameters", "macs", "bytes"] = "parameters"
     """What `keep` is a share of: parameters, multiply-accumulates of the example, or stored bytes."""
-    method: Literal["fisher", "svd_llm", "asvd", "svd"] = "fisher"
+    method: Method = "fisher"
     """The metric of the error: the change of the loss; of the outputs; of the outputs, each input channel taken
     alone; of the weights."""
     ranks: Literal["budget", "uniform"] = "budget"
@@ -66,15 +66,21 @@ class Factorize(Pass):
 
     def apply(self, model: Model, context: Context) -> Result:
         from compress.layers.linear import matrix
+        from compress.numerics.low_rank import decompose
+        from compress.passes.plain_maps import thin_maps
         from compress.passes.refit import refit
 
         self.check(model)
-        weights, skips = self._choose(model)
-        moments = self._moments(model, context, weights)
-        unseen = [one for one in weights if not self._is_seen(one, moments)]
-        skips += [Skip(one.path, "reads or moves nothing in the calibration data") for one in unseen]
-        weights = [one for one in weights if one not in unseen]
-        spectra = self._spectra(model, context, weights, moments)
+        weights, skips = thin_maps(model, self.scope, self.head, self.multiple)
+        maps = [Map(weight, weight) for weight in weights]
+        found = metrics(self.method, self.alpha, model, context, maps, "factorize: second moments")
+        seen = [(weight, metric) for weight, metric in zip(weights, found, strict=True) if metric]
+        skips += [Skip(one.path, UNSEEN) for one, metric in zip(weights, found, strict=True) if not metric]
+        weights = [weight for weight, _ in seen]
+        spectra = [
+            decompose(matrix(model.module.get_submodule(weight.path)).cpu(), metric.inputs, metric.outputs)
+            for weight, metric in track(context.observer, "factorize: singular values", seen)
+        ]
         offers = [self._offer(model, weight, one) for weight, one in zip(weights, spectra, strict=True)]
         ranks = self._allocated(offers)
         changes, factored = [], []
@@ -92,74 +98,10 @@ class Factorize(Pass):
         return Result(model.module, tuple(changes), tuple(skips), {"ranks": chosen})
 
     def restore(self, module: nn.Module, record: dict[str, Any]) -> nn.Module:
-        from compress.layers.linear import matrix
+        from compress.passes.slicing import factor_as
 
-        for path, rank in record["ranks"].items():
-            layer = module.get_submodule(path)
-            weight = matrix(layer)
-            factors = weight.new_empty(len(weight), rank), weight.new_empty(rank, weight.shape[1])
-            _replace(module, layer, *factors)
+        factor_as(module, record["ranks"])
         return module
-
-    def _choose(self, model: Model) -> tuple[list[Weight], list[Skip]]:
-        """The linear maps to factorize, and the weighted modules in scope that stay as they are."""
-        from compress.layers.linear import matrix
-        from compress.passes.plain_maps import plain_maps
-
-        weights, skips = plain_maps(model, self.scope, self.head)
-        chosen = []
-        for weight in weights:
-            out, width = matrix(model.module.get_submodule(weight.path)).shape
-            if self.multiple * (out + width) < out * width:
-                chosen.append(weight)
-            else:
-                why = f"{out}x{width} has no rank of {self.multiple} or more that saves anything"
-                skips.append(Skip(weight.path, why))
-        return chosen, skips
-
-    def _moments(self, model: Model, context: Context, weights: Sequence[Weight]) -> Moments:
-        from compress.passes.moments import Moments, fisher_moments, input_moments
-
-        what = "factorize: second moments"
-        if not weights or self.method == "svd":
-            return Moments()
-        return (fisher_moments if self.method == "fisher" else input_moments)(model, context, weights, what)
-
-    def _is_seen(self, weight: Weight, moments: Moments) -> bool:
-        """Whether the data says anything of `weight`: a metric of zeros has no SVD."""
-        sums = [] if self.method == "svd" else [moments.inputs.get(weight.reads)]
-        sums += [moments.gradients.get(weight.path)] if self.method == "fisher" else []
-        return all(one is not None and bool(one.any()) for one in sums)
-
-    def _spectra(
-        self, model: Model, context: Context, weights: Sequence[Weight], moments: Moments
-    ) -> list[Spectrum]:
-        from compress.layers.linear import matrix
-        from compress.numerics.low_rank import decompose
-
-        return [
-            decompose(
-                matrix(model.module.get_submodule(weight.path)).cpu(),
-                self._input_root(weight, moments),
-                self._output_root(weight, moments),
-            )
-            for weight in track(context.observer, "factorize: singular values", weights)
-        ]
-
-    def _input_root(self, weight: Weight, moments: Moments) -> Tensor | None:
-        from compress.numerics.low_rank import root
-
-        if self.method == "svd":
-            return None
-        if self.method == "asvd":
-            magnitudes = moments.magnitudes(weight.reads)
-            return magnitudes.clamp(min=1e-6 * float(magnitudes.mean())).pow(self.alpha).diag()
-        return root(moments.mean(weight.reads))
-
-    def _output_root(self, weight: Weight, moments: Moments) -> Tensor | None:
-        from compress.numerics.low_rank import root
-
-        return root(moments.gradients[weight.path]) if self.method == "fisher" else None
 
     def _offer(self, model: Model, weight: Weight, spectrum: Spectrum) -> Offer:
         from compress.layers.linear import matrix

@@ -26,6 +26,23 @@ def plain_maps(model: Model, scope: Scope, head: bool) -> tuple[list[Weight], li
     return found, skips
 
 
+def thin_maps(model: Model, scope: Scope, head: bool, multiple: int) -> tuple[list[Weight], list[Skip]]:
+    """Those of `plain_maps` that two factors of a rank of `multiple` would make smaller, and why others are none."""
+    from compress.layers.linear import matrix
+
+    weights, skips = plain_maps(model, scope, head)
+    found = []
+    for weight in weights:
+        out, width = matrix(model.module.get_submodule(weight.path)).shape
+        if multiple * (out + width) < out * width:
+            found.append(weight)
+        else:
+            skips.append(
+                Skip(weight.path, f"{out}x{width} has no rank of {multiple} or more that saves anything")
+            )
+    return found, skips
+
+
 def _reason(model: Model, weight: Weight, head: bool) -> str:
     from compress.layers.linear import is_linear
 
