@@ -92,7 +92,7 @@ def test_a_cache_gives_what_a_whole_run_gives():
     with torch.no_grad():
         whole = module(input_ids=ids, use_cache=False).logits
         first = module(input_ids=ids[:, :6], use_cache=True)
-        later = module(input_ids=ids[:, 6:], past_key_values=first.past_key_values).logits
+        later = module(input_ids=ids[:, 6:], cache=first.cache).logits
     torch.testing.assert_close(torch.cat([first.logits, later], 1), whole, rtol=0, atol=1e-12)
 
 
