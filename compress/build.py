@@ -13,6 +13,7 @@ from compress.data import as_batches, batches
 from compress.devices import require_device
 from compress.errors import NotAccepted, RecipeError
 from compress.folders import disk_errors, empty, kept_folder, partial_of
+from compress.labels import labelled_batches
 from compress.manifest import Manifest
 from compress.mismatch import mismatches
 from compress.model import Model
@@ -72,9 +73,10 @@ def recipe_context(recipe: Recipe, model: Model) -> Context:
     """The data and targets that a recipe names, as its passes take them."""
     calibration, training = recipe.data.source("calibration"), recipe.data.source("training")
     heldout = recipe.data.heldout
+    read = labelled_batches if recipe.learns_labels else batches
     return Context(
         calibration=batches(calibration, model) if calibration else None,
-        training=batches(training, model) if training else None,
+        training=read(training, model) if training else None,
         heldout=batches(heldout, model) if heldout else None,
         targets=tuple(target.use for target in recipe.export),
     )

@@ -119,13 +119,14 @@ def apply(
 @app.command()
 def validate(recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...")]) -> None:
     """Check recipes without loading a model."""
-    from compress.recipe import load_recipe, require_files
+    from compress.recipe import load_recipe, require_files, require_labelled
 
     problems = []
     for name in recipes:
         try:
             recipe = load_recipe(name)
             require_files(recipe)
+            require_labelled(recipe)
         except UsageError as error:
             problems.append(error)
         else:

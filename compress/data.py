@@ -48,6 +48,10 @@ class Origin(BaseModel, ABC):
     columns: tuple[str, str] | None = Field(
         default=None, description="Two columns, taken as a pair of texts."
     )
+    label: str | None = Field(
+        default=None,
+        description="The column of the class or score; pictures have their classes by subfolder instead.",
+    )
     max_length: int = Field(
         default=128,
         ge=1,
@@ -67,8 +71,9 @@ class Origin(BaseModel, ABC):
             raise ValueError(
                 f"`{given[0]}` needs `column` (or `columns`, for a pair of texts): which one to take."
             )
-        if given[0] not in TABLES and (self.column or self.columns):
-            raise ValueError(f"`{given[0]}` has no columns.")
+        if given[0] not in TABLES and (self.column or self.columns or self.label):
+            classes = " The class of a picture is the name of its subfolder." if given[0] == "images" else ""
+            raise ValueError(f"`{given[0]}` has no columns.{classes if self.label else ''}")
         return self
 
     @property
@@ -94,7 +99,9 @@ def source_at(path: Path, like: Source | None = None) -> Source:
     kind = "images" if path.is_dir() else suffix if suffix in TABLES else "text"
     settings = like.model_dump(exclude_unset=True, exclude={"text", "images", *TABLES}) if like else {}
     if kind not in TABLES:
-        settings = {name: value for name, value in settings.items() if name not in ("column", "columns")}
+        settings = {
+            name: value for name, value in settings.items() if name not in ("column", "columns", "label")
+        }
     elif not settings.get("column") and not settings.get("columns"):
         raise DataError(
             f"{path} is a table, and nothing says which of its columns to take.",
@@ -127,8 +134,8 @@ def batches(source: Source, model: Model) -> Batches:
 
     Text is padded to the longest sample of its batch; for text generation it is one text, cut into windows of
     `max_length` tokens. Each batch takes examples from all over the source: neighbours are often of one class or
-    topic, and steps of training on one topic at a time undo each other. Raises `DataError` for data that is missing,
-    empty or does not fit the model.
+    topic, and steps of training on one topic at a time undo each other. Labels are left out: see
+    `compress.labels.labelled_batches`. Raises `DataError` for data that is missing, empty or does not fit the model.
     """
     if source.kind == "text" and model.task == "text-generation":
         from compress.encoding import windows
@@ -136,22 +143,28 @@ def batches(source: Source, model: Model) -> Batches:
         examples: Sequence[Any] = windows(whole_text(_path(source)), source.max_length, model)
     else:
         examples = read_examples(source)
+    return grouped(dealt(examples, source), source, model, source.samples)
+
+
+def dealt(examples: Sequence[Example], source: Source) -> list[Example]:
+    """The `samples` of `source`, in the order in which its batches take them."""
     chosen = spread(examples, source.samples)
     count = -(-len(chosen) // source.batch_size)
-    dealt = [example for start in range(count) for example in chosen[start::count]]
-    return grouped(dealt, source, model, source.samples)
+    return [example for start in range(count) for example in chosen[start::count]]
 
 
 def grouped(examples: Sequence[Example], origin: Origin, model: Model, asked: int | None = None) -> Batches:
     """`examples` in batches of `origin.batch_size`, the first of which has been checked against the model."""
     from compress.encoding import encoder
 
-    groups = tuple(examples[at : at + origin.batch_size] for at in range(0, len(examples), origin.batch_size))
-    made = Batches(
-        groups, encoder(examples[0], origin.max_length, model), len(examples), asked or len(examples)
-    )
-    require_fit(made.encode(groups[0]), model, f"The {origin.kind} data")
-    return made
+    groups, encode = cut(examples, origin.batch_size), encoder(examples[0], origin.max_length, model)
+    require_fit(encode(groups[0]), model, f"The {origin.kind} data")
+    return Batches(groups, encode, len(examples), asked or len(examples))
+
+
+def cut(examples: Sequence[Example], size: int) -> tuple[Sequence[Example], ...]:
+    """`examples` in groups of `size`, in order; the last one may be smaller."""
+    return tuple(examples[at : at + size] for at in range(0, len(examples), size))
 
 
 def read_examples(origin: Origin) -> list[Example]:
@@ -181,6 +194,11 @@ LABELS = "labels"
 """The argument by which models of transformers take the right answers, and then give their loss."""
 
 
+def without_labels(batch: Inputs) -> Inputs:
+    """What `batch` has besides labels."""
+    return {name: value for name, value in batch.items() if name != LABELS}
+
+
 def as_batches(given: Iterable[Mapping[str, torch.Tensor]], model: Model, labels: bool = False) -> Batches:
     """`given` batches of forward keyword arguments, checked against `model.example` and kept in memory.
 
@@ -191,9 +209,7 @@ def as_batches(given: Iterable[Mapping[str, torch.Tensor]], model: Model, labels
     if not groups:
         raise DataError("There is no batch in the data.", "Give at least one batch of forward arguments.")
     for number, batch in enumerate(groups):
-        if labels:
-            batch = {name: value for name, value in batch.items() if name != LABELS}
-        require_fit(batch, model, f"Batch {number} of the data")
+        require_fit(without_labels(batch) if labels else batch, model, f"Batch {number} of the data")
     samples = sum(len(next(iter(batch.values()))) for batch in groups)
     return Batches(tuple((batch,) for batch in groups), lambda group: group[0], samples, samples)
 

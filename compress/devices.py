@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, overload
 
@@ -68,18 +68,19 @@ def moved(inputs: Batch, device: str | torch.device | None) -> dict[str, Tensor]
 class Moved(Sequence[Batch]):
     """Batches on `device`: each comes there when it is asked for, and the others stay where they are.
 
-    What has no length is put in a list. Places are those of `batches`, where these have any.
+    What has no length is put in a list. Places are those of `batches`, where these have any. The arguments called
+    `without` stay behind.
     """
 
-    def __init__(self, batches: Iterable[Batch], device: str) -> None:
+    def __init__(self, batches: Iterable[Batch], device: str, without: Collection[str] = ()) -> None:
         self.batches: Any = batches if isinstance(batches, Sized) else list(batches)
-        self.device = device
+        self.device, self.without = device, without
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        return (moved(batch, self.device) for batch in self.batches)
+        return map(self._moved, self.batches)
 
     @overload
     def __getitem__(self, index: int) -> Batch: ...
@@ -87,11 +88,16 @@ class Moved(Sequence[Batch]):
     def __getitem__(self, index: slice) -> Sequence[Batch]: ...
     def __getitem__(self, index: int | slice) -> Batch | Sequence[Batch]:
         found = self.batches[index]
-        return Moved(found, self.device) if isinstance(index, slice) else moved(found, self.device)
+        if isinstance(index, slice):
+            return Moved(found, self.device, self.without)
+        return self._moved(found)
+
+    def _moved(self, batch: Batch) -> Batch:
+        return moved({name: batch[name] for name in batch if name not in self.without}, self.device)
 
 
 def kept(batches: Iterable[Batch]) -> Sequence[Batch]:
     """`batches` with places: a sequence as it is, which may make each batch when asked; all others in a list."""
     if isinstance(batches, Moved) and not isinstance(batches.batches, Sequence):
-        return Moved(list(batches.batches), batches.device)
+        return Moved(list(batches.batches), batches.device, batches.without)
     return batches if isinstance(batches, Sequence) else list(batches)

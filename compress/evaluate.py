@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from compress.data import Origin, grouped, read_examples, read_table, spread
+from compress.data import Origin, grouped, read_examples, spread
 from compress.errors import DataError, Unproved
+from compress.labels import class_numbers, labels_of
 from compress.reading import whole_text
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ class Evaluation(Origin):
     """
 
     metric: Metric
-    label: str | None = Field(default=None, description="The column of the score or class.")
     samples: int | None = Field(
         default=None, ge=1, description="Take this many, evenly spread; all of them by default."
     )
@@ -123,7 +122,7 @@ def _accuracy(run: Run, evaluation: Evaluation, model: Model) -> tuple[float, in
     guesses = [
         _output(outputs, "logits").argmax(-1) for _, outputs in _outputs(run, examples, evaluation, model)
     ]
-    right = torch.cat(guesses) == torch.tensor(_classes(labels, evaluation, model))
+    right = torch.cat(guesses) == torch.tensor(class_numbers(labels, evaluation, model))
     return 100 * float(right.double().mean()), len(examples)
 
 
@@ -177,10 +176,7 @@ def _output(outputs: Any, name: str) -> torch.Tensor:
 def _labelled(evaluation: Evaluation) -> tuple[list[Any], list[Any]]:
     """Labels and examples, as many as are asked for."""
     examples = read_examples(evaluation)
-    if evaluation.kind == "images":
-        labels: list[Any] = [Path(picture).parent.name for picture in examples]
-    else:
-        labels = read_table(evaluation).column(evaluation.label or "")
+    labels = labels_of(evaluation, examples)
     both = spread(list(zip(labels, examples, strict=True)), evaluation.samples)
     return [label for label, _ in both], [example for _, example in both]
 
@@ -195,20 +191,3 @@ def _numbers(labels: Sequence[Any], evaluation: Evaluation) -> torch.Tensor:
         raise DataError(
             f"{where} holds something that is no number: {error}.", "Name another `label`."
         ) from error
-
-
-def _classes(labels: Sequence[Any], evaluation: Evaluation, model: Model) -> list[int]:
-    """Class numbers: as given, or by the model's `label2id`, or else folders in the order of their names."""
-    names = {str(label) for label in labels}
-    known = dict(getattr(getattr(model.module, "config", None), "label2id", None) or {})
-    if all(name.isdigit() for name in names):
-        return [int(label) for label in labels]
-    if names <= set(known):
-        return [known[str(label)] for label in labels]
-    if evaluation.kind == "images":
-        order = sorted(names)
-        return [order.index(str(label)) for label in labels]
-    raise DataError(
-        f"The classes {', '.join(sorted(names)[:5])} are not the model's: {', '.join(map(str, known))}.",
-        "Write the classes as numbers, or as the model's config names them.",
-    )

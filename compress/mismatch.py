@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from compress.compare import forward
+from compress.data import without_labels
 from compress.model import Model
 from compress.passes.base import Batches, Context, Pass
 from compress.report import Caution
@@ -59,7 +60,7 @@ def relative_error(original: Model, compressed: Model, batches: Batches) -> floa
     """
     errors: dict[str, float] = defaultdict(float)
     sizes: dict[str, float] = defaultdict(float)
-    for batch in islice(batches, BATCHES):
+    for batch in map(without_labels, islice(batches, BATCHES)):
         expected = rows(forward(original.module, batch), batch, original.task)
         given = rows(forward(compressed.module, batch), batch, original.task)
         for name, value in expected.items():

@@ -15,6 +15,7 @@ from compress import processes
 from compress.catalog import available, find
 from compress.checkpoint import load, save
 from compress.compare import EXACT_TOLERANCE, forward, parity, require_finite
+from compress.data import LABELS
 from compress.devices import Moved, device_of, require_device
 from compress.errors import ModelpressError, NothingToDo, Unproved, Unsuitable
 from compress.folders import empty
@@ -138,7 +139,8 @@ def _applied(settings: Pass, model: Model, context: Context) -> Result:
     """What the pass makes of `model`, with all that it is given on the context's device, and then back."""
     home = device_of(model.module)
     data = {"calibration": context.calibration, "training": context.training}
-    data = {name: None if one is None else Moved(one, context.device) for name, one in data.items()}
+    unread = () if settings.learns_labels() else (LABELS,)
+    data = {name: None if one is None else Moved(one, context.device, unread) for name, one in data.items()}
     with model.on(context.device) as there:
         result = settings.apply(there, replace(context, **data))
     return result if home is None else replace(result, module=result.module.to(home))

@@ -25,6 +25,7 @@ from compress.data import Origin, Source, source_at
 from compress.document import Document, position, read_document
 from compress.errors import DataError, RecipeError, UsageError
 from compress.evaluate import Evaluation
+from compress.labels import require_labels
 from compress.passes.base import Pass, unpaid
 from compress.target import Target
 from compress.wording import Location, complaints, did_you_mean
@@ -84,19 +85,28 @@ class DataSpec(_Part):
         default=None,
         description="What passes measure the model on. Without it: examples of the training data.",
     )
-    training: Source | None = None
+    training: Source | None = Field(
+        default=None, description="What passes train on; with `label` for those whose `task` is above 0."
+    )
     heldout: Source | None = Field(
         default=None,
         description="Inputs kept out of calibration, on which results are compared with the original.",
     )
     evaluation: Evaluation | None = None
 
+    @field_validator("calibration", "heldout")
+    @classmethod
+    def _unlabelled(cls, source: Source | None) -> Source | None:
+        if source is not None and source.label:
+            raise ValueError("`label` has no effect here: only training and evaluation read labels.")
+        return source
+
     def source(self, use: Literal["calibration", "training"]) -> Source | None:
         """The source for this use; to calibrate without one of its own, up to `CALIBRATED_ON` training examples."""
         if use == "training" or self.calibration or not self.training:
             return getattr(self, use)
         fewer = min(self.training.samples, CALIBRATED_ON)
-        return self.training.model_copy(update={"samples": fewer})
+        return self.training.model_copy(update={"samples": fewer, "label": None})
 
 
 class Accept(_Part):
@@ -162,7 +172,16 @@ class Recipe(_Part):
             raise ValueError("`accept.max_drop` needs `data.evaluation`, which says how to score the model.")
         if self.accept.min_speedup is not None and not self.export:
             raise ValueError("`accept.min_speedup` needs an `export` whose speed can be measured.")
+        if self.data.training is not None and self.data.training.label and not self.learns_labels:
+            raise ValueError(
+                "`data.training.label` has no effect: no pass learns labels. Set `task` of one that trains."
+            )
         return self
+
+    @property
+    def learns_labels(self) -> bool:
+        """Whether a pass takes labels with its training batches."""
+        return any(one.learns_labels() for one in self.passes)
 
     def with_model(self, name: str | None = None, task: str | None = None) -> Recipe:
         """The same recipe for another model, another task, or both."""
@@ -280,6 +299,13 @@ def require_complete(recipe: Recipe) -> None:
                 f"Give it in the recipe or `--{one.needs} PATH` (a text file, a table, or a folder of images).",
             )
     require_files(recipe)
+    require_labelled(recipe)
+
+
+def require_labelled(recipe: Recipe) -> None:
+    """Raise `DataError` if a pass learns labels, and the training data that the recipe names cannot have any."""
+    if recipe.learns_labels and recipe.data.training is not None:
+        require_labels(recipe.data.training, recipe.model.task)
 
 
 def require_files(recipe: Recipe) -> None:

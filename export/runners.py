@@ -91,12 +91,16 @@ class OnnxRunner:
         for _ in range(max_new_tokens):
             output = self(input_ids=step, attention_mask=mask, past_key_values=cache)
             chosen = output.logits[:, -1].argmax(-1).masked_fill(done, pad)
-            step, cache = chosen[:, None].to(tokens.dtype), output.past_key_values
+            step, cache = chosen[:, None].to(tokens.dtype), self.cache_of(output)
             tokens, mask = torch.cat([tokens, step], 1), torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
             done |= torch.isin(chosen, ends)
             if done.all():
                 break
         return tokens
+
+    def cache_of(self, output: Any) -> Any:
+        """The cache among what a run has given, for the `past_key_values` of the next one."""
+        return getattr(output, self._cache_argument())
 
     def _special_tokens(self) -> tuple[Tensor, int]:
         """The tokens that end a text, and the one that fills up after it."""
@@ -196,7 +200,7 @@ def _in_two_steps(runner: OnnxRunner, inputs: Mapping[str, Tensor]) -> dict[str,
     tokens = inputs["input_ids"]
     mask = inputs.get("attention_mask", torch.ones_like(tokens))
     first = runner(input_ids=tokens[:, :-1], attention_mask=mask[:, :-1])
-    last = runner(input_ids=tokens[:, -1:], attention_mask=mask, past_key_values=first.past_key_values)
+    last = runner(input_ids=tokens[:, -1:], attention_mask=mask, past_key_values=runner.cache_of(first))
     parts = flatten_outputs(first), flatten_outputs(last)
     return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
 

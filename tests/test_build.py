@@ -20,6 +20,7 @@ from compress.errors import NotAccepted, OutputError, RecipeError
 from compress.plan import plan
 from compress.recipe import Recipe
 from compress.summary import tables
+from tests import tiny
 from tests.zoo import build as zoo
 
 
@@ -195,6 +196,43 @@ def test_a_plan_runs_the_passes_and_writes_nothing(recipe, tmp_path, monkeypatch
     assert found.disk_bytes > 0
     assert found.peak_bytes > found.disk_bytes
     assert os.listdir(tmp_path) == []
+
+
+@pytest.fixture
+def classifying(tmp_path) -> Recipe:
+    """Train a small classifier on a table: whether a text has an even number of words, which it does not know."""
+    model = tiny.saved(tiny.bert_classifier({0: "odd", 1: "even"}), tmp_path / "model")
+    rows = [(text, "odd" if len(text.split()) % 2 else "even") for text in tiny.sentences(24)]
+    (tmp_path / "train.tsv").write_text("text\tparity\n" + "".join(f"{a}\t{b}\n" for a, b in rows))
+    table = {"tsv": str(tmp_path / "train.tsv"), "column": "text", "label": "parity"}
+    return Recipe.model_validate(
+        {
+            "summary": "a test",
+            "model": {"name": str(model), "task": "text-classification"},
+            "data": {
+                "training": {**table, "batch_size": 6},
+                "heldout": {**table, "label": None},
+                "evaluation": {**table, "metric": "accuracy"},
+            },
+            "passes": [
+                {"use": "factorize", "multiple": 1, "keep": 0.9},
+                {"use": "distill", "task": 10, "steps": 120, "learning_rate": 3e-3},
+                {"use": "quantize"},
+            ],
+            "export": [{"use": "onnx"}],
+            "measure": {"shape": {"batch": 2, "sequence": 8}, "rounds": 1, "calls": 1},
+        }
+    )
+
+
+def test_a_build_learns_the_labels_that_a_recipe_names(classifying, tmp_path):
+    manifest = build(classifying, tmp_path / "out")
+    assert [step.name for step in manifest.steps] == ["factorize", "distill", "quantize"]
+    assert manifest.steps[1].changes[0].what == "trained on logits and labels"
+    (verdict,) = manifest.verdicts
+    assert verdict.baseline_score is not None
+    assert verdict.score is not None
+    assert verdict.score > 95 > 70 > verdict.baseline_score
 
 
 def test_folders_of_targets_of_one_kind_are_numbered():

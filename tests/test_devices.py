@@ -93,6 +93,9 @@ def test_batches_come_when_they_are_asked_for_and_stay_where_they_were():
     assert len(list(Moved((batch for batch in batches), "meta"))) == 4  # what has no length
     assert kept(iter(batches)) == batches
     assert kept(batches) is batches  # a sequence may make each when it is asked for
+    labelled = [{**batch, "labels": torch.ones(2)} for batch in batches]
+    for there in (Moved(labelled, "meta", ("labels",)), kept(Moved(iter(labelled), "meta", ("labels",)))):
+        assert all(set(batch) == {"x"} for batch in (*there, there[1], *there[1:3]))
     assert moved({"x": batches[1]["x"], "use_cache": False}, None) == {
         "x": batches[1]["x"],
         "use_cache": False,

@@ -56,6 +56,13 @@ def test_data_of_one_kind_is_none():
     assert outcome.warnings == ()
 
 
+def test_labels_are_no_part_of_what_is_compared():
+    model = build("llama")
+    compressed = compress.apply(model, [FACTORIZE], calibration=batches(3, 12)).model
+    labelled = [{**batch, "labels": batch["input_ids"]} for batch in batches(3, 12)]
+    assert relative_error(model, compressed, labelled) == relative_error(model, compressed, batches(3, 12))
+
+
 @pytest.mark.parametrize("missing", ["calibration", "heldout"])
 def test_without_either_data_there_is_nothing_to_say(missing):
     model, data = build("llama"), Context(calibration=batches(3, 12), heldout=batches(40, 90))

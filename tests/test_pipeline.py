@@ -134,17 +134,35 @@ def test_an_interrupted_run_goes_on_from_the_last_finished_pass(model, tmp_path,
         assert torch.equal(value, outcome.model.module.state_dict()[name])
 
 
-@pytest.mark.parametrize("what", ["weights", "settings", "data"])
+@pytest.mark.parametrize("what", ["weights", "settings", "data", "labels"])
 def test_what_a_step_depends_on_is_in_its_key(model, tmp_path, installed, what):
-    batches = [{"input": torch.ones(2, 4)}]
-    run(model, [Rescale()], Context(calibration=batches), store=tmp_path)
+    batches, labels = [{"input": torch.ones(2, 4)}], torch.zeros(2)
+    training = [{**batches[0], "labels": labels}]
+    run(model, [Rescale()], Context(calibration=batches, training=training), store=tmp_path)
     settings = Rescale(factor=5.0) if what == "settings" else Rescale()
     if what == "weights":
         model.module[0].weight.data[0, 0] += 1
     if what == "data":
         batches = [{"input": torch.zeros(2, 4)}]
-    (step,) = run(model, [settings], Context(calibration=batches), store=tmp_path).steps
+    if what == "labels":
+        training = [{**batches[0], "labels": labels + 1}]
+    (step,) = run(model, [settings], Context(calibration=batches, training=training), store=tmp_path).steps
     assert not step.resumed
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_only_a_pass_that_learns_labels_is_given_them(model, monkeypatch, learns):
+    seen = []
+    monkeypatch.setattr(Rescale, "learns_labels", lambda self: learns)
+    original = Rescale.apply
+
+    def apply(self, model, context):
+        seen.extend(set(batch) for batch in context.training)
+        return original(self, model, context)
+
+    monkeypatch.setattr(Rescale, "apply", apply)
+    run(model, [Rescale()], Context(training=[{"input": torch.ones(2, 4), "labels": torch.ones(2)}]))
+    assert seen == [{"input", "labels"} if learns else {"input"}]
 
 
 def test_shared_tensors_are_counted_once():

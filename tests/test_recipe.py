@@ -200,6 +200,23 @@ passes:
         ("passes: [{use: fold}]\ndata: {calibration: {csv: a.csv}}\n", "`csv` needs `column`"),
         ("passes: [{use: fold}]\ndata: {calibration: {text: a, column: b}}\n", "`text` has no columns."),
         (
+            "passes: [{use: fold}]\ndata: {calibration: {csv: a.csv, column: b, label: c}}\n",
+            "`data.calibration`: `label` has no effect here: only training and evaluation read labels.",
+        ),
+        (
+            "passes: [{use: fold}]\ndata: {heldout: {csv: a.csv, column: b, label: c}}\n",
+            "`data.heldout`: `label` has no effect here",
+        ),
+        (
+            "passes: [{use: distill}]\ndata: {training: {csv: a.csv, column: b, label: c}}\n",
+            "`data.training.label` has no effect: no pass learns labels. Set `task` of one that trains.",
+        ),
+        ("passes: [{use: fold}]\ndata: {training: {text: a, label: b}}\n", "`text` has no columns."),
+        (
+            "passes: [{use: fold}]\ndata: {training: {images: a, label: b}}\n",
+            "`images` has no columns. The class of a picture is the name of its subfolder.",
+        ),
+        (
             "passes: [{use: fold}]\ndata: {evaluation: {text: a, metric: spearman}}\n",
             "`spearman` needs a table",
         ),
@@ -328,6 +345,36 @@ def test_says_what_is_missing_before_any_work(written, tmp_path):
     assert absent.value.fact == f"The calibration data is not there: {tmp_path / 'no.txt'} does not exist."
     (tmp_path / "no.txt").write_text("x")
     require_complete(load_recipe(written("passes: [{use: blur}]\ndata: {calibration: {text: no.txt}}\n")))
+
+
+CLASSIFIER = "summary: s\nmodel: {name: m, task: text-classification}\npasses: [{use: distill, task: 1}]\n"
+
+
+def test_labels_that_are_learnt_must_be_there_before_any_work(written, tmp_path):
+    (tmp_path / "a.tsv").write_text("text\tclass\n")
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(DataError) as caught:
+        require_complete(load_recipe(written("data: {training: {tsv: a.tsv, column: text}}\n", CLASSIFIER)))
+    assert caught.value.fact == (
+        "`task` counts the loss of labels, and the `tsv` training data names no `label`."
+    )
+    assert caught.value.remedy == "Add `label: COLUMN`, the column of the class, or leave out `task`."
+    recipe = load_recipe(written("data: {training: {tsv: a.tsv, column: text, label: class}}\n", CLASSIFIER))
+    require_complete(recipe)
+    table = recipe.with_training(tmp_path / "a.tsv").data.training
+    assert table is not None
+    assert table.label == "class"
+    with pytest.raises(DataError, match="and a `text` file has none"):
+        require_complete(recipe.with_training(tmp_path / "a.txt"))
+    require_complete(recipe.with_training(tmp_path).with_model(task="image-classification"))
+
+
+def test_what_calibrates_in_the_place_of_training_data_has_no_labels(written):
+    recipe = load_recipe(written("data: {training: {tsv: a.tsv, column: text, label: class}}\n", CLASSIFIER))
+    calibration, training = recipe.data.source("calibration"), recipe.data.source("training")
+    assert calibration is not None
+    assert training is not None
+    assert (calibration.label, training.label) == (None, "class")
 
 
 def test_the_schema_covers_every_installed_pass_and_accepts_shipped_recipes():

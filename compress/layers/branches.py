@@ -152,4 +152,4 @@ def _is_conv(layer: nn.Module) -> bool:
 def _diagonal_blocks(whole: Tensor, groups: int) -> Tensor:
     """The `groups` diagonal blocks of `whole` (out, in), on top of each other: (out, in / groups)."""
     rows = whole.chunk(groups)
-    return torch.cat([row.chunk(groups, 1)[number] for number, row in enumerate(rows)]).clone()
+    return torch.cat([row.chunk(groups, 1)[number] for number, row in enumerate(rows)])

@@ -8,12 +8,14 @@ padding nor the tokens that follow change what a row sees, and a cache gives wha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
 
-HIDDEN = -1e4
-"""What is added to the score of a key that is not to be seen is below this: masks add the least value of their type."""
+HIDDEN = -50.0
+"""A key with so much less added to its score than the best key of its row is not seen: its probability is below e^-50
+of the other's. Masks add the least value of their type, or -100 (the shifted windows of Swin)."""
 
 
 class SoftmaxClip(nn.Module):
@@ -41,8 +43,9 @@ def visible(addends: Sequence[Tensor], probabilities: Tensor) -> Tensor | int:
     """How many keys each row of `probabilities` (..., keys) may look at, after what was added to its scores."""
     if not addends:
         return probabilities.shape[-1]
-    added = sum(addends[1:], addends[0])
-    return torch.gt(added, HIDDEN).to(probabilities.dtype).sum(-1, keepdim=True).clamp(min=1)
+    added = reduce(torch.add, addends)
+    seen = torch.gt(added, added.amax(-1, keepdim=True) + HIDDEN)
+    return seen.to(probabilities.dtype).sum(-1, keepdim=True).clamp(min=1)
 
 
 def clips_of(module: nn.Module) -> list[SoftmaxClip]:

@@ -89,6 +89,10 @@ class Pass(BaseModel, ABC):
         del before
         return ""
 
+    def learns_labels(self) -> bool:
+        """Whether this pass reads `labels` in its training batches. Without them, it is given none."""
+        return False
+
     @abstractmethod
     def apply(self, model: Model, context: Context) -> Result:
         """Run the pass. Owns `model.module` and may edit it in place; the runner has made the copy."""

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from compress.data import spread
 from compress.devices import kept
-from compress.errors import Unproved
+from compress.errors import Unproved, Unsuitable
 from compress.passes.base import Context
 from compress.passes.taught import MEASURED, Taught, lessons, trainable
 from compress.report import Change
@@ -73,13 +73,19 @@ def train_calm(
     its outliers have changed.
 
     `model` still answers as its teacher does, and its graph is that of the module before anything was put into it.
-    Raises `Unproved` unless the mean kurtosis has fallen.
+    Raises `Unsuitable` if these parameters move no input of a linear map, and `Unproved` unless the mean kurtosis has
+    fallen.
     """
     from compress.passes.spreads import linear_inputs
 
     names = trainable(model) if names is None else names
     with lessons(settings, model, context) as lesson:
         wanted = moved(model.module, linear_inputs(model.graph), names, lesson.batches[0])
+        if not wanted:
+            raise Unsuitable(
+                f"What `{settings.use}` may train moves no input of a linear map, where outliers would be.",
+                "Widen the scope.",
+            )
         seen = spread(lesson.batches if context.calibration is None else kept(context.calibration), MEASURED)
         before = calm(model.module, wanted, seen)
         with penalised(model.module, lesson.loss, wanted, settings.penalty) as loss:
@@ -99,18 +105,21 @@ def penalised(module: nn.Module, loss: Loss, wanted: Sequence[Place], weight: fl
     from compress.passes.calibration import unpadded
     from compress.passes.spreads import heard
 
-    found: dict[Place, Tensor] = {}
+    found: list[Tensor] = []
     present: dict[str, Tensor] = {}
 
     def hear(place: Place, values: Tensor) -> None:
-        found[place] = rounding_noise(unpadded(values, present, 1))
+        del place  # a module may run several times, or on no token at all (an expert)
+        kept = unpadded(values, present, 1)
+        if kept.numel():
+            found.append(rounding_noise(kept))
 
     def both(module: nn.Module, batch: Inputs) -> Tensor:
         found.clear()
         present.clear()
         present.update(batch)
         first = loss(module, batch)
-        return first + weight * torch.stack(list(found.values())).sum()
+        return first + weight * torch.stack(found).sum()
 
     with heard(module, wanted, hear):
         yield both

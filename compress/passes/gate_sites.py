@@ -59,6 +59,8 @@ def _obstacle(model: Model, one: Attention, leading: dict[str, tuple[int, ...]],
         layer = model.module.get_submodule(path)
         if not is_linear(layer):
             return f"`{path}` is a {type(layer).__name__}, and not a plain linear map"
+        if path not in leading:
+            return f"`{path}` is not called with its input as first argument, where a gate would hear it"
     if sharers := model.graph.sharers(f"{one.output.path}.weight"):
         return f"the weight of its output map is tied with {', '.join(sharers)}"
     if leading[one.query.path] != leading[one.output.path]:
@@ -73,14 +75,17 @@ def _obstacle(model: Model, one: Attention, leading: dict[str, tuple[int, ...]],
 
 
 def _leading(model: Model, attentions: Iterable[Attention]) -> dict[str, tuple[int, ...]]:
-    """The leading dimensions of what the maps of queries and outputs read, on the model's example."""
+    """The leading dimensions of what the maps of queries and outputs read, on the model's example; none of a map whose
+    weight is used without a call, or that is given its input by name: a gate's hooks would not hear it.
+    """
     found: dict[str, tuple[int, ...]] = {}
     paths = {side.path for one in attentions for side in (one.query, one.output) if side is not None}
     with ExitStack() as hooks:
         for path in paths:
 
             def see(_: nn.Module, args: tuple[Any, ...], path: str = path) -> None:
-                found[path] = tuple(args[0].shape[:-1])
+                if args:
+                    found[path] = tuple(args[0].shape[:-1])
 
             hooks.callback(model.module.get_submodule(path).register_forward_pre_hook(see).remove)
         forward(model.module, model.example)

@@ -61,7 +61,7 @@ class MultiBranch(Taught):
             before = lesson.mean_loss(model.module)
             if before < AGREED:
                 return Result(model.module, (), (agrees_already(self.use),))
-            names = trainable(model, self.scope)
+            names = self._trainable(model)
             new = branch_out(model.module, chosen)
             measure(model.module, new, lesson.batches, context)
             names = lesson.reached(model.module, _renamed(names, new))
@@ -81,6 +81,12 @@ class MultiBranch(Taught):
         merge(module)
         branch_out(module, record["branched"])
         return module
+
+    def _trainable(self, model: Model) -> list[str]:
+        """The parameters in scope: those of a layer with branches are at its path and below it."""
+        within = tuple(f"{path}." for path in branched_in(model.module) if path in self.scope)
+        inside = [name for name in trainable(model) if name.startswith(within)] if within else []
+        return list(dict.fromkeys((*trainable(model, self.scope), *inside)))
 
     def _choose(self, model: Model) -> tuple[dict[str, tuple[int, ...]], list[Skip]]:
         """The layers that get branches, with the groups of these; and the weighted modules in scope that get none."""

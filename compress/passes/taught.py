@@ -47,6 +47,10 @@ class Taught(Training, Pass):
     """Of `minilm`: cut queries, keys and values into so many heads and relate each with itself, so that teacher and
     student may have different heads. Without it, their own heads: attentions and value relations."""
 
+    def learns_labels(self) -> bool:
+        """With `task` it does."""
+        return self.task > 0
+
 
 @dataclass(frozen=True)
 class Lesson:

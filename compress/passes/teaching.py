@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from compress.data import LABELS
+from compress.data import LABELS, without_labels
 from compress.errors import DataError, Unsuitable, UsageError
-from compress.graph.structure import Attention, Projection
 from compress.model import Inputs, Model
-from compress.numerics.relations import (
-    Heads,
-    attention_relation_loss,
-    divergence,
-    heads_of,
-    matched,
-    relative_error,
-    self_relation_loss,
-)
+from compress.numerics.relations import divergence, matched, relative_error
 from compress.outputs import float_outputs, forward
 from compress.passes.base import Context
 from compress.passes.calibration import tokens_of
 from compress.passes.moments import CLASSES_LAST
+from compress.passes.relating import relations_loss
 from compress.training import Loss
 
 if TYPE_CHECKING:
@@ -60,7 +52,7 @@ def objective(settings: Taught, model: Model, teacher: Model) -> tuple[str, Loss
     if kind != "logits":
         parts["hidden"] = _hidden_part(model, teacher)
     if settings.task:
-        parts["labels"] = _task_part(settings.task)
+        parts["labels"] = _task_part(model, settings.task)
     return " and ".join(parts), _answers_loss(teacher, list(parts.values()), states=kind != "logits")
 
 
@@ -82,11 +74,11 @@ Part = Callable[[Any, Any, Inputs], Tensor]
 
 
 def _answers_loss(teacher: Model, parts: Sequence[Part], states: bool) -> Loss:
-    """The sum of `parts` for one run of each model; with `states`, these are asked for."""
+    """The sum of `parts` for one run of each model; with `states`, these are asked for. The teacher sees no labels."""
     ask = _with_states if states else _plainly
 
     def loss(module: nn.Module, batch: Inputs) -> Tensor:
-        wanted = _untaught(teacher.module, lambda one: ask(one, batch))
+        wanted = _untaught(teacher.module, lambda one: ask(one, without_labels(batch)))
         given = ask(module, batch)
         return torch.stack([part(wanted, given, batch) for part in parts]).sum()
 
@@ -136,24 +128,32 @@ def _hidden_part(model: Model, teacher: Model) -> Part:
     return part
 
 
-def _task_part(weight: float) -> Part:
+def _task_part(model: Model, weight: float) -> Part:
     """`weight` times the loss that the student itself gives for the labels of a batch."""
+    takes = inspect.signature(model.module.forward).parameters
+    if LABELS not in takes and not any(one.kind is one.VAR_KEYWORD for one in takes.values()):
+        raise _lossless(model.module)
 
     def part(teacher_gives: Any, student_gives: Any, batch: Inputs) -> Tensor:
         del teacher_gives
         if LABELS not in batch:
             raise DataError(
                 "`task` counts the loss of labels, and the training data has none.",
-                "Give training batches with `labels`, or leave out `task`.",
+                "Name its `label` in the recipe, give batches with `labels`, or leave out `task`.",
             )
         own = student_gives.get("loss") if isinstance(student_gives, Mapping) else None
         if own is None:
-            raise Unsuitable(
-                "The model gives no loss for labels, which `task` would count.", "Leave out `task`."
-            )
+            raise _lossless(model.module)
         return weight * own.float()
 
     return part
+
+
+def _lossless(module: nn.Module) -> Unsuitable:
+    return Unsuitable(
+        f"{type(module).__name__} gives no loss for labels, which `task` would count.",
+        "Leave out `task`, or load the model for a task with labels.",
+    )
 
 
 def hidden_states(module: nn.Module, batch: Inputs) -> list[list[Tensor]]:
@@ -188,80 +188,6 @@ def _named_states(outputs: Any) -> Iterator[Sequence[Tensor]]:
     for name, states in outputs.items() if isinstance(outputs, Mapping) else ():
         if name.endswith("hidden_states") and not name.startswith("reshaped") and states:
             yield states
-
-
-def relations_loss(model: Model, teacher: Model, count: int | None) -> Loss:
-    """MiniLM's loss of the last attention over its own sequence; with `count`, MiniLMv2's with so many heads.
-
-    Queries and keys are what the projections give: before rotary positions and norms of heads.
-    """
-    wanted, given = last_attention(teacher, "teacher"), last_attention(model, "student")
-    if count is None and wanted.heads != given.heads:
-        raise Unsuitable(
-            f"The teacher's last attention has {wanted.heads} heads and the student's {given.heads}.",
-            "Set `relation_heads`, which relates models with different heads.",
-        )
-    for who, one in (("teacher", wanted), ("student", given)):
-        if count is not None and one.heads * one.head_size % count:
-            raise Unsuitable(
-                f"The {who}'s {one.heads * one.head_size} features cannot be cut into {count} relation heads.",
-                "Set `relation_heads` to a number that divides both widths.",
-            )
-
-    def loss(module: nn.Module, batch: Inputs) -> Tensor:
-        target = _untaught(teacher.module, lambda one: listen(one, wanted, batch))
-        heads = listen(module, given, batch)
-        tokens = tokens_of(batch, (heads.query.shape[0], heads.query.shape[2]))
-        if count is None:
-            return attention_relation_loss(target, heads, tokens, given.causal)
-        return self_relation_loss(target, heads, count, tokens, given.causal)
-
-    return loss
-
-
-def last_attention(model: Model, who: str) -> Attention:
-    """The last attention of `model` whose queries, keys and values are linear maps of one sequence."""
-    found = [one for one in model.graph.attentions if one.query and one.key and one.value and not one.cross]
-    if not found:
-        raise Unsuitable(
-            f"`loss: minilm` finds no attention in the {who} whose queries, keys and values are linear maps.",
-            "Use `loss: hidden` or `logits`.",
-        )
-    return found[-1]
-
-
-def listen(module: nn.Module, attention: Attention, batch: Inputs) -> Heads:
-    """The queries, keys and values that `attention` makes of `batch`; keys and values repeated for shared heads."""
-    sides = (attention.query, attention.key, attention.value)
-    heard: dict[str, Tensor] = {}
-    with ExitStack() as hooks:
-        for path in {side.path for side in sides if side is not None}:
-            hooks.callback(module.get_submodule(path).register_forward_hook(_ear(heard, path)).remove)
-        module(**batch)
-    query, key, value = (_rows(heard[side.path], side) for side in sides if side is not None)
-    shared = attention.heads // attention.kv_heads
-    return Heads(
-        heads_of(query, attention.heads),
-        heads_of(key, attention.kv_heads, shared),
-        heads_of(value, attention.kv_heads, shared),
-    )
-
-
-def _ear(heard: dict[str, Tensor], path: str) -> Callable[..., None]:
-    def hear(_: nn.Module, __: Any, output: Tensor) -> None:
-        heard[path] = output
-
-    return hear
-
-
-def _rows(output: Tensor, side: Projection) -> Tensor:
-    """The features of `side` among those of its module, (batch, tokens, features), head after head."""
-    if output.dim() != 3:
-        raise Unsuitable(
-            f"`loss: minilm` reads (batch, tokens, features), and `{side.path}` gives {tuple(output.shape)}.",
-            "Use `loss: hidden` or `logits`.",
-        )
-    return torch.cat([output[..., start:stop] for start, stop in side.rows], -1)
 
 
 def _untaught(module: nn.Module, ask: Callable[[nn.Module], Any]) -> Any:

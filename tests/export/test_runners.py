@@ -69,7 +69,7 @@ def test_arrays_do_as_well_as_tensors(run: OnnxRunner):
 def test_the_cache_continues_a_text(run: OnnxRunner, decoder: Model):
     tokens = prompt(2, 9)
     first = run(input_ids=tokens[:, :5])
-    second = run(input_ids=tokens[:, 5:], past_key_values=first.past_key_values)
+    second = run(input_ids=tokens[:, 5:], past_key_values=run.cache_of(first))
     torch.testing.assert_close(second.logits, decoder.module(tokens).logits[:, 5:], rtol=1e-4, atol=1e-5)
 
 

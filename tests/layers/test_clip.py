@@ -54,7 +54,22 @@ def test_keys_that_are_masked_do_not_count():
     assert counted[0, :, :, 0].tolist() == [[1, 2, 3]] * 2
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "vit", "t5"])
+def test_a_mask_of_minus_100_hides_keys_too():
+    """Swin's shifted windows hide with -100, beside a bias of positions."""
+    mask = torch.tensor([[0.0, 0.0, -100.0], [-100.0, 0.0, 0.0], [-100.0, -100.0, 0.0]])
+    bias = 5 * torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(0))
+    counted = visible([bias + mask], torch.zeros(2, 3, 3))
+    assert counted[..., 0].tolist() == [[2, 2, 1]] * 2
+
+
+def test_a_bias_that_falls_with_distance_hides_only_what_is_out_of_sight():
+    """All of a row's keys may lie far below zero: the best of them is seen."""
+    slope = -torch.arange(100.0, 600.0)
+    assert visible([slope], torch.zeros(500)).tolist() == [50]
+    assert visible([slope - 1000], torch.zeros(500)).tolist() == [50]
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "vit", "t5", "swin"])
 def test_without_alpha_the_model_is_as_it_was(name):
     model = build(name)
     expected = states(copy.deepcopy(model.module).double(), **_double(model.example))
@@ -77,7 +92,7 @@ def test_a_cache_gives_what_a_whole_run_gives():
     with torch.no_grad():
         whole = module(input_ids=ids, use_cache=False).logits
         first = module(input_ids=ids[:, :6], use_cache=True)
-        later = module(input_ids=ids[:, 6:], past_key_values=first.past_key_values).logits
+        later = module(input_ids=ids[:, 6:], cache=first.cache).logits
     torch.testing.assert_close(torch.cat([first.logits, later], 1), whole, rtol=0, atol=1e-12)
 
 

@@ -19,14 +19,8 @@ from compress.passes.base import Context
 from compress.passes.distill import Distill
 from compress.passes.factorize import Factorize
 from compress.passes.quantize import Quantize
-from compress.passes.teaching import (
-    hidden_loss,
-    last_attention,
-    listen,
-    logits_loss,
-    objective,
-    relations_loss,
-)
+from compress.passes.relating import last_attention, listen, relations_loss
+from compress.passes.teaching import _task_part, hidden_loss, logits_loss, objective
 from compress.pipeline import run
 from compress.scope import Scope
 from tests import tiny
@@ -379,3 +373,21 @@ def test_a_task_needs_labels_and_a_head():
         compress.apply(
             teacher, [Distill(steps=1)], calibration=[labelled(teacher)], training=[labelled(teacher)]
         )
+    with pytest.raises(
+        Unsuitable, match="BertModel gives no loss for labels, which `task` would count"
+    ) as caught:
+        compress.apply(tiny.bert(), [Distill(task=1)], training=[labelled(tiny.bert())])
+    assert "load the model for a task with labels" in caught.value.remedy
+    net = nn.Sequential(nn.Linear(4, 4)).eval()
+    plain = Model(net, {"input": torch.randn(2, 4)}, "image-classification")
+    with pytest.raises(Unsuitable, match="Sequential gives no loss for labels"):
+        _task_part(plain, 1.0)
+
+
+def test_the_teacher_sees_no_labels():
+    teacher = tiny.bert_classifier(dict(enumerate("ab")))
+    student = shaken(teacher)
+    objective(Distill(task=1), student, teacher)[1](student.module, labelled(teacher))
+    # A model of transformers that sees labels writes into its config what kind they are.
+    assert teacher.module.config.problem_type is None
+    assert student.module.config.problem_type == "single_label_classification"

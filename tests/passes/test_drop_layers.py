@@ -137,7 +137,7 @@ def test_two_steps_are_restored_in_order(tmp_path):
 
 def test_the_shortened_model_is_factorized_and_exported(tmp_path):
     model = build("llama")
-    passes = [DropLayers(remove=1, protect=0), Factorize(multiple=1, method="svd", ranks="uniform")]
+    passes = [DropLayers(remove=2, protect=0), Factorize(multiple=1, method="svd", ranks="uniform")]
     outcome = run(model, passes, context(model))
     compress.save(outcome.model, tmp_path / "model")
     artifact = export.Onnx().write(compress.load(tmp_path / "model"), tmp_path / "onnx")

@@ -16,10 +16,13 @@ from compress.errors import NothingToDo, Unproved, Unsuitable
 from compress.graph import trace
 from compress.layers.gates import OutputGate, is_gated
 from compress.model import Model
+from compress.numerics.outliers import rounding_noise
 from compress.passes.base import Context
+from compress.passes.calming import penalised
 from compress.passes.distill import Distill
 from compress.passes.gate_attention import GateAttention
 from compress.passes.gate_sites import gate_sites
+from compress.passes.spreads import Place
 from compress.pipeline import run
 from compress.scope import Scope
 from export.runners import OnnxRunner
@@ -139,6 +142,69 @@ def test_features_that_heads_cannot_share_out_are_left_alone():
     with pytest.raises(NothingToDo, match="6 features cannot be shared out among 4 heads; set `kind: all`"):
         gated(model)
     assert len(gate_sites(model, Scope(), apart=False)[0]) == 1
+
+
+@pytest.mark.parametrize("how", ["by name", "as a weight"])
+def test_maps_that_a_gate_would_not_hear_are_left_alone(how):
+    torch.manual_seed(0)
+    model = Model(Unheard(how).eval(), {"x": torch.randn(2, 5, 8)}, "feature-extraction")
+    why = "`query` is not called with its input as first argument, where a gate would hear it"
+    with pytest.raises(NothingToDo, match=why):
+        gated(model)
+
+
+def test_a_scope_in_which_nothing_moves_an_input_is_refused(source):
+    """The last norm is read by the output head alone, whose input is not rounded."""
+    settings = Distill(steps=2, penalty=1.0, scope=Scope(include=("model.norm",)))
+    with pytest.raises(Unsuitable) as caught:
+        compress.apply(source, [settings], training=texts(2, seed=1))
+    assert caught.value.fact == (
+        "What `distill` may train moves no input of a linear map, where outliers would be."
+    )
+    assert caught.value.remedy == "Widen the scope."
+
+
+@pytest.mark.parametrize("times", [0, 1, 3])
+def test_the_penalty_counts_every_run_of_a_layer_that_sees_tokens(times):
+    torch.manual_seed(0)
+    module = nn.ModuleDict({"always": nn.Linear(4, 4), "often": nn.Linear(4, 4)})
+    wanted = [Place(path, "linear input") for path in module]
+    x = torch.randn(3, 5, 4)
+
+    def loss(module, batch):
+        made = module["always"](batch["x"])
+        for _ in range(times):
+            made = module["often"](made)
+        if not times:  # an expert that no token goes to
+            module["often"](made.flatten(0, 1)[:0])
+        return made.sum() * 0
+
+    with penalised(module, loss, wanted, 0.5) as penalty:
+        found = penalty(module, {"x": x})
+    expected = rounding_noise(x)
+    state = module["always"](x)
+    for _ in range(times):
+        expected = expected + rounding_noise(state)
+        state = module["often"](state)
+    assert found.item() == pytest.approx(0.5 * expected.item())
+
+
+class Unheard(nn.Module):
+    """An attention of 2 heads, whose map of the queries is used without hooks that see its input."""
+
+    def __init__(self, how) -> None:
+        super().__init__()
+        self.how = how
+        self.query, self.key, self.value, self.output = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        if self.how == "by name":
+            query = self.query(input=x)
+        else:
+            query = nn.functional.linear(x, self.query.weight, self.query.bias)
+        sides = [one.unflatten(-1, (2, 4)).transpose(1, 2) for one in (query, self.key(x), self.value(x))]
+        mixture = nn.functional.scaled_dot_product_attention(*sides)
+        return {"last_hidden_state": self.output(mixture.transpose(1, 2).flatten(-2))}
 
 
 class Uneven(nn.Module):

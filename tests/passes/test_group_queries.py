@@ -140,7 +140,7 @@ def test_llama_becomes_a_plain_grouped_llama():
     again = tf.LlamaForCausalLM(model.module.config).double().eval()
     again.load_state_dict(model.module.state_dict())
     assert difference(model, replace(model, module=again)) == 0
-    cache = model.module(**model.example, use_cache=True).past_key_values
+    cache = model.module(**model.example, use_cache=True).cache
     assert cache.layers[0].keys.shape == (zoo.BATCH, 2, zoo.SEQUENCE, 8)
 
 
@@ -150,7 +150,7 @@ def test_cached_steps_agree_with_one_run(name):
     ids = model.example["input_ids"][:1]
     whole = model.module(input_ids=ids).logits
     start = model.module(input_ids=ids[:, :8], use_cache=True)
-    rest = model.module(input_ids=ids[:, 8:], past_key_values=start.past_key_values).logits
+    rest = model.module(input_ids=ids[:, 8:], cache=start.cache).logits
     torch.testing.assert_close(rest, whole[:, 8:], rtol=1e-6, atol=1e-6)
 
 

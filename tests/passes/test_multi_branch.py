@@ -208,6 +208,11 @@ def test_branches_that_stay_are_saved_exported_and_merged_by_another_run(tmp_pat
     module = copy.deepcopy(outcome.model.module)
     merge(module)
     torch.testing.assert_close(forward(module, model.example), expected, rtol=1e-5, atol=1e-6)
+    moved = {
+        path: not torch.equal(module.get_submodule(path).weight, last.module.get_submodule(path).weight)
+        for path in paths
+    }
+    assert all(moved.values()), moved
 
 
 @pytest.fixture(scope="module")
