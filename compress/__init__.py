@@ -28,6 +28,7 @@ from compress.passes.progressive_batch_norm import ProgressiveBatchNorm
 from compress.passes.quantize import Quantize
 from compress.passes.simplify_attention import SimplifyAttention
 from compress.passes.smooth import Smooth
+from compress.passes.sparsify import Sparsify
 from compress.pipeline import Outcome, run
 from compress.recipe import Recipe, load_recipe
 from compress.report import Caution, Change, Parity, Skip, Step
@@ -64,6 +65,7 @@ __all__ = [
     "SimplifyAttention",
     "Skip",
     "Smooth",
+    "Sparsify",
     "Step",
     "Target",
     "apply",
