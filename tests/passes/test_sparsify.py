@@ -88,6 +88,22 @@ def zeros(module: nn.Module) -> dict[str, Tensor]:
     return {path: weight_matrix(layer) == 0 for path, layer in layers(module).items()}
 
 
+def shaken(model: Model) -> Model:
+    """A teacher whose weights are all a little different."""
+    module = copy.deepcopy(model.module)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
+    return replace(model, module=module)
+
+
+def healed(model: Model, source: Model) -> Model:
+    """`model`, taught by a teacher that differs from it in every weight."""
+    passes = [Distill(steps=8, learning_rate=1e-4, weight_decay=0.1)]
+    return run(model, passes, context(source, shaken(source))).model
+
+
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[path], other[path]) for path in one)
 
@@ -100,14 +116,13 @@ def shares(module: nn.Module) -> list[float]:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_kind_of_model_gets_its_share_of_zeros(name, score):
     model = fresh(name)
-    result = sparsify(model, score=score, sparsity=0.4)
+    result = sparsify(model, score=score)
     targets = [change.target for change in result.changes if change.what == "sparsified"]
-    assert targets == result.record["sparse"] == list(layers(result.module)) or set(targets) == set(
-        layers(result.module)
-    )
+    assert targets == result.record["sparse"]
+    assert set(targets) == set(layers(result.module))
     body = [one for one in model.graph.weights if one.role == "body"]
     assert len(targets) >= len([one for one in body if one.kind == "linear"])
-    assert shares(result.module) == pytest.approx([0.4] * len(targets), abs=0.03)
+    assert shares(result.module) == pytest.approx([0.5] * len(targets), abs=0.03)
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -151,8 +166,8 @@ def test_the_errors_are_those_of_the_outputs():
         forward(model.module, batch)
     hook.remove()
     x = torch.cat(seen).double()
-    after = outcome.model.module.get_submodule(path).weight.double()
-    wanted, found = x @ layer.weight.double().T, x @ after.T
+    after = outcome.model.module.get_submodule(path).weight.detach().double()
+    wanted, found = x @ layer.weight.detach().double().T, x @ after.T
     share = 100 * float((found - wanted).square().sum() / wanted.square().sum())
     assert f"as 2:4; {share:.2g} % of the output's energy lost" in outcome.steps[0].changes[0].after
 
@@ -222,12 +237,10 @@ def test_a_pattern_keeps_the_contract(name):
 def test_zeros_stay_through_distillation(name):
     model = build(name)
     pruned = run(model, [Sparsify(pattern="2:4")], context(model)).model
-    healed = run(
-        pruned, [Distill(steps=6, learning_rate=1e-3, weight_decay=0.1)], context(model, model)
-    ).model
-    assert same(zeros(healed.module), zeros(pruned.module))
+    taught = healed(pruned, model)
+    assert same(zeros(taught.module), zeros(pruned.module))
     path = next(iter(layers(pruned.module)))
-    before, after = (weight_matrix(one.module.get_submodule(path)) for one in (pruned, healed))
+    before, after = (weight_matrix(one.module.get_submodule(path)) for one in (pruned, taught))
     assert (before != after)[before != 0].double().mean() > 0.9
 
 
@@ -259,7 +272,7 @@ def test_it_comes_back_and_is_exported(name, tmp_path):
     outputs = forward(pruned.module, model.example), forward(back.module, model.example)
     assert all(torch.equal(outputs[0][key], outputs[1][key]) for key in outputs[0])
     artifact = export.Onnx().write(back, tmp_path / "onnx")
-    assert artifact.facts["proof"]["relative"] < 1e-4
+    assert artifact.parity.relative < 1e-4
 
 
 def test_generation_goes_on():
@@ -312,11 +325,11 @@ def test_smoothing_keeps_zeros_and_that_they_stay(multiply):
     model = build("bert")
     pruned = run(model, [Sparsify()], context(model)).model
     smoothed = run(pruned, [Smooth(alpha=0.8, multiply=multiply)], context(model)).model
-    healed = run(smoothed, [Distill(steps=4, learning_rate=1e-3)], context(model, model)).model
-    scaled = [part for part in healed.module.modules() if isinstance(part, ScaledLinear)]
+    taught = healed(smoothed, model)
+    scaled = [part for part in taught.module.modules() if isinstance(part, ScaledLinear)]
     assert bool(scaled) is multiply
     for path, mask in zeros(pruned.module).items():
-        assert torch.equal(healed.module.get_submodule(path).weight == 0, mask)
+        assert torch.equal(taught.module.get_submodule(path).weight == 0, mask)
 
 
 def test_batch_norms_are_folded_into_sparse_convolutions():
@@ -328,7 +341,7 @@ def test_batch_norms_are_folded_into_sparse_convolutions():
 
 
 def test_reasons_for_what_stays():
-    reasons = {skip.target: skip.why for skip in sparsify(fresh("llama"), pattern="5:7").skips}
+    reasons = {skip.target: skip.why for skip in sparsify(fresh("llama"), pattern="5:7", block=7).skips}
     assert reasons["model.embed_tokens"] == "an embedding; look-ups have no product to save"
     assert reasons["lm_head"] == "the output head; set `head: true` to include it"
     assert reasons["model.layers.0.self_attn.q_proj"] == "its 48 inputs are no multiple of 7"
