@@ -1,21 +1,20 @@
 """Pruning of single weights: zeros where they cost least, anywhere or as a pattern n:m along the inputs.
 
 Scores: SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774), Wanda (Sun et al. 2023, arXiv 2306.11695), and the
-magnitude; see `compress.numerics.sparsity`. Each block is pruned on what the pruned blocks before it give. The zeros
-stay through training, see `compress.layers.sparse`.
+magnitude; see `compress.numerics.sparsity`. All weights are pruned on what the dense model gives. The zeros stay
+through training, see `compress.layers.sparse`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from compress.errors import Unsuitable
 from compress.passes.base import Context, Needs, Pass, Result
-from compress.progress import SILENT, track
+from compress.progress import track
 from compress.report import Change, Effect, Skip
 
 if TYPE_CHECKING:
@@ -93,23 +92,21 @@ class Sparsify(Pass):
     def apply(self, model: Model, context: Context) -> Result:
         from compress.passes.calibration import required
         from compress.passes.plain_maps import plain_maps
-        from compress.passes.seen_inputs import parts, seen_moments
+        from compress.passes.seen_inputs import moment_key, moments_of_rows
 
         self.check(model)
         required(context, self.use)
         weights, skips = plain_maps(model, self.scope, self.head, self._refuse)
+        if not weights:
+            return Result(model.module, (), tuple(skips))
+        moments = moments_of_rows(model, context, weights, "sparsify: second moments")
         changes: list[Change] = []
-        silent = replace(context, observer=SILENT)
-        for part in track(context.observer, self.use, parts(model.graph, weights)):
-            moments = seen_moments(model.module, silent, part, self.use)
-            for weight in part:
-                layer = model.module.get_submodule(weight.path)
-                if weight.path in moments:
-                    changes.append(self._prune(layer, weight.path, moments[weight.path]))
-                else:
-                    skips.append(
-                        Skip(weight.path, "reads nothing but zeros in the calibration data, or nothing")
-                    )
+        for weight in track(context.observer, "sparsify: weights", weights):
+            layer, key = model.module.get_submodule(weight.path), moment_key(weight)
+            if key in moments.inputs and moments.inputs[key].any():
+                changes.append(self._prune(layer, weight.path, moments.mean(key)))
+            else:
+                skips.append(Skip(weight.path, "reads nothing but zeros in the calibration data, or nothing"))
         record = {"sparse": [change.target for change in changes]}
         module = self.restore(model.module, record)
         changes += [_stored(module, record["sparse"])] if changes else []
