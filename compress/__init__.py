@@ -29,6 +29,7 @@ from compress.passes.quantize import Quantize
 from compress.passes.simplify_attention import SimplifyAttention
 from compress.passes.slice_ranks import SliceRanks
 from compress.passes.smooth import Smooth
+from compress.passes.sparsify import Sparsify
 from compress.passes.train_ranks import TrainRanks
 from compress.pipeline import Outcome, run
 from compress.recipe import Recipe, load_recipe
@@ -67,6 +68,7 @@ __all__ = [
     "Skip",
     "SliceRanks",
     "Smooth",
+    "Sparsify",
     "Step",
     "Target",
     "TrainRanks",

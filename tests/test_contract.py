@@ -26,6 +26,7 @@ CASES = {
     "simplify_attention": ["vit", "dinov2"],
     "gate_attention": ["bert", "gpt2", "llama", "vit"],
     "clip_softmax": ["bert"],
+    "sparsify": ["bert", "gpt2", "llama", "vit", "resnet", "t5"],
     "smooth": ["llama", "gpt2", "vit", "qwen3"],
     "quantize": ["bert", "gpt2", "llama", "vit", "resnet", "t5", "whisper"],
 }

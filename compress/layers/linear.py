@@ -5,7 +5,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from compress.layers.sparse import SparseConv1D, SparseLinear, is_sparse, kept
 from compress.plain import require_plain
+
+_PLAIN = {kind.forward for kind in (nn.Linear, Conv1D, SparseLinear, SparseConv1D)}
+"""Forwards that compute a linear map and nothing else."""
 
 
 class Scaling(nn.Module):
@@ -25,17 +29,22 @@ class Scaling(nn.Module):
 
 
 class ScaledLinear(nn.Linear):
-    """A linear map whose input is multiplied by a constant of each channel first: `W (x * scale) + b`."""
+    """A linear map whose input is multiplied by a constant of each channel first: `W (x * scale) + b`.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, scaling: Scaling) -> None:
+    With `sparse`, the zeros of W stay zeros when it trains.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, scaling: Scaling, sparse: bool = False) -> None:
         super().__init__(weight.shape[1], weight.shape[0], bias is not None, device="meta")
         self.weight = nn.Parameter(weight.detach().contiguous())
         self.bias = None if bias is None else nn.Parameter(bias.detach())
         # A module of its own, so that a trace tells the multiplication from the linear map.
         self.scaling = scaling
+        self.sparse = sparse
 
     def forward(self, input: Tensor) -> Tensor:
-        return nn.functional.linear(self.scaling(input), self.weight, self.bias)
+        weight = kept(self.weight) if self.sparse else self.weight
+        return nn.functional.linear(self.scaling(input), weight, self.bias)
 
 
 def prescaled(layer: nn.Module, x: Tensor) -> Tensor:
@@ -45,8 +54,18 @@ def prescaled(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def is_linear(layer: nn.Module) -> bool:
-    """Whether `layer` is an `nn.Linear` or a transformers `Conv1D` that computes nothing else."""
-    return type(layer).forward in (nn.Linear.forward, Conv1D.forward)
+    """Whether `layer` is an `nn.Linear` or a transformers `Conv1D`, sparse or not, that computes nothing else."""
+    return type(layer).forward in _PLAIN
+
+
+def is_conv(layer: nn.Module) -> bool:
+    """Whether `layer` is an `nn.Conv2d`, sparse or not, that computes nothing else."""
+    if not isinstance(layer, nn.Conv2d):
+        return False
+    kind = type(layer)
+    return kind.forward is nn.Conv2d.forward and (
+        is_sparse(layer) or kind._conv_forward is nn.Conv2d._conv_forward
+    )
 
 
 def matrix(layer: nn.Module) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 import torch.ao.quantization.fx._decomposed  # registers the operators
 from torch import Tensor, nn
 
-from compress.layers.linear import ScaledLinear, is_linear, matrix, prescaled
+from compress.layers.linear import ScaledLinear, is_conv, is_linear, matrix, prescaled
 from compress.numerics.affine import Affine, Scheme, affine, weight_scales
 
 __all__ = [
@@ -161,10 +161,7 @@ class QuantizedConv2d(QuantizedWeight):
 def quantizable(layer: nn.Module) -> bool:
     """Whether `layer` has a quantized form: a linear map, a `Conv1D` or a `Conv2d` that computes nothing
     else."""
-    if isinstance(layer, nn.Conv2d):
-        kind = type(layer)
-        return kind.forward is nn.Conv2d.forward and kind._conv_forward is nn.Conv2d._conv_forward
-    return is_linear(layer) or isinstance(layer, ScaledLinear)
+    return is_linear(layer) or is_conv(layer) or isinstance(layer, ScaledLinear)
 
 
 def quantized(layer: nn.Module, input: Activation) -> QuantizedWeight:

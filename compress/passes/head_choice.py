@@ -5,6 +5,7 @@ from __future__ import annotations
 from compress.graph.structure import Attention, Projection
 from compress.layers.linear import is_linear
 from compress.layers.repeated import RepeatedLinear
+from compress.layers.sparse import is_sparse
 from compress.model import Model
 
 
@@ -36,6 +37,8 @@ def _of_map(model: Model, name: str, side: Projection) -> str:
     layer = model.module.get_submodule(side.path)
     if not is_linear(layer):
         return f"the map of its {name}, `{side.path}`, is a {type(layer).__name__}, and no plain linear map"
+    if is_sparse(layer):
+        return f"the map of its {name}, `{side.path}`, is sparse, and new heads would fill its zeros"
     if isinstance(model.module.get_submodule(side.path.rpartition(".")[0]), RepeatedLinear):
         return f"the map of its {name}, `{side.path}`, makes heads that are repeated already"
     weight = model.graph.weight(side.path)

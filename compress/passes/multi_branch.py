@@ -110,12 +110,15 @@ class MultiBranch(Taught):
 def _refusal(model: Model, weight: Weight) -> str:
     """Why a weighted module gets no branches, or ""."""
     from compress.layers.branches import can_branch
+    from compress.layers.sparse import is_sparse
 
     layer = model.module.get_submodule(weight.path)
     if weight.role == "embedding":
         return "an embedding has no product to put branches beside"
     if weight.role == "head":
         return "the output head trains without branches"
+    if is_sparse(layer):
+        return "its weight is sparse, and branches would fill its zeros; it trains without branches"
     if not can_branch(layer):
         return f"{type(layer).__name__} is no plain linear map or 1x1 convolution; it trains without branches"
     if sharers := model.graph.sharers(f"{weight.path}.weight"):

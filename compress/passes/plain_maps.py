@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from compress.report import Skip
 from compress.scope import Scope
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from compress.graph.structure import Weight
     from compress.model import Model
 
 
-def plain_maps(model: Model, scope: Scope, head: bool) -> tuple[list[Weight], list[Skip]]:
+def dense_linear(layer: nn.Module) -> str:
+    """Why `layer` is no linear map without zeros that stay, or ""."""
+    from compress.layers.linear import is_linear
+    from compress.layers.sparse import is_sparse
+
+    if not is_linear(layer):
+        return f"{type(layer).__name__} is not a plain linear map"
+    return "its weight is sparse, and another form would fill its zeros" if is_sparse(layer) else ""
+
+
+def plain_maps(
+    model: Model, scope: Scope, head: bool, refuse: Callable[[nn.Module], str] = dense_linear
+) -> tuple[list[Weight], list[Skip]]:
     """The plain linear maps in `scope`, the output head among them if `head`; and why other weights there are none.
 
-    `head` is a setting of the pass that asks, which the reason names.
+    `head` is a setting of the pass that asks, which the reason names. `refuse` says why a layer will not do, or "".
     """
     found, skips = [], []
     for weight in model.graph.weights:
         if weight.path in scope:
-            why = _reason(model, weight, head)
+            why = _by_role(weight, head) or refuse(model.module.get_submodule(weight.path))
+            why = why or _shared(model, weight)
             skips += [Skip(weight.path, why)] if why else []
             found += [] if why else [weight]
     return found, skips
@@ -43,16 +59,14 @@ def thin_maps(model: Model, scope: Scope, head: bool, multiple: int) -> tuple[li
     return found, skips
 
 
-def _reason(model: Model, weight: Weight, head: bool) -> str:
-    from compress.layers.linear import is_linear
-
-    layer = model.module.get_submodule(weight.path)
+def _by_role(weight: Weight, head: bool) -> str:
     if weight.role == "embedding":
         return "an embedding; look-ups have no product to save"
     if weight.role == "head" and not head:
         return "the output head; set `head: true` to include it"
-    if not is_linear(layer):
-        return f"{type(layer).__name__} is not a plain linear map"
-    if sharers := model.graph.sharers(f"{weight.path}.weight"):
-        return f"its weight is tied with {', '.join(sharers)}"
     return ""
+
+
+def _shared(model: Model, weight: Weight) -> str:
+    sharers = model.graph.sharers(f"{weight.path}.weight")
+    return f"its weight is tied with {', '.join(sharers)}" if sharers else ""

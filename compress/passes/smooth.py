@@ -112,12 +112,13 @@ def _multiply(module: nn.Module, path: str, scales: Tensor | None) -> None:
 
     from compress.layers.linear import ScaledLinear, Scaling, matrix
     from compress.layers.quantized import swap
+    from compress.layers.sparse import is_sparse
 
     layer = module.get_submodule(path)
     weight = matrix(layer)
     by = weight.new_ones(weight.shape[1], dtype=torch.float64) if scales is None else scales
     scaling = Scaling((1 / by).to(weight.dtype))
-    scaled = ScaledLinear((weight.double() * by).to(weight.dtype), layer.bias, scaling)
+    scaled = ScaledLinear((weight.double() * by).to(weight.dtype), layer.bias, scaling, is_sparse(layer))
     swap(module, {layer: scaled.train(layer.training)})
 
 

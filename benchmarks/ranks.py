@@ -1,0 +1,108 @@
+"""`python -m benchmarks.ranks`: one training of factors, and its slices at several sizes, against truncation.
+
+The classifier in the folder `--model` is factored by `train_ranks` on the sentences of `--data`, and then cut by
+`slice_ranks` to each of `--keep`. Beside each slice stand factors of the same size that nothing trained: plain
+truncated SVD, with the same share for every map or with one budget, and `factorize` as it is by default. Accuracy on
+the held-out sentences, as Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import compress
+from compress.console import hush, progress
+from compress.data import Source, batches
+from compress.evaluate import Evaluation, evaluate
+from compress.pipeline import state_bytes
+from compress.progress import Observer
+
+TRAINING, TEST = "sst2_train.tsv.gz", "sst2_dev.tsv.gz"
+CALIBRATED_ON = 512
+UNTRAINED = {
+    "truncated SVD, one share": {"method": "svd", "ranks": "uniform"},
+    "truncated SVD, one budget": {"method": "svd"},
+    "factorize": {},
+}
+
+
+def main() -> int:
+    arguments = _parse()
+    hush()
+    model = compress.load_model(arguments.model, task="text-classification")
+    print("| linear maps kept, % | | MB | accuracy, % |\n| ---: | --- | ---: | ---: |")
+    with progress() as observer:
+        for keep, name, made in _variants(model, arguments, observer):
+            score = evaluate(made.module, _evaluation(arguments.data), made).value
+            print(
+                f"| {100 * keep:.0f} | {name} | {state_bytes(made.module) / 1e6:.1f} | {score:.2f} |",
+                flush=True,
+            )
+    return 0
+
+
+def _variants(
+    model: compress.Model, arguments: argparse.Namespace, observer: Observer
+) -> Iterator[tuple[float, str, compress.Model]]:
+    """The share that is kept, the name, and the model of each row."""
+    yield 1.0, "original", model
+    calibration = batches(_source(arguments, CALIBRATED_ON), model)
+    training = batches(_source(arguments, arguments.samples), model)
+    settings = compress.TrainRanks(
+        steps=arguments.steps,
+        learning_rate=arguments.learning_rate,
+        dropout=arguments.dropout,
+        keep=None,
+        precision="auto",
+    )
+    begun = time.perf_counter()
+    whole = compress.apply(
+        model,
+        [settings],
+        calibration=calibration,
+        training=training,
+        device=arguments.device,
+        observer=observer,
+    ).model
+    print(
+        f"Trained in {(time.perf_counter() - begun) / 60:.1f} minutes: {whole.history[-1].changes[0]}",
+        file=sys.stderr,
+    )
+    for keep in arguments.keep:
+        sliced = compress.apply(whole, [compress.SliceRanks(keep=keep)], calibration=calibration)
+        yield keep, "slice of one training", sliced.model
+        for name, untrained in UNTRAINED.items():
+            passes = [compress.Factorize(keep=keep, **untrained)]
+            yield keep, name, compress.apply(model, passes, calibration=calibration).model
+
+
+def _source(arguments: argparse.Namespace, samples: int) -> Source:
+    return Source(
+        tsv=arguments.data / TRAINING, column="sentence", samples=samples, batch_size=arguments.batch
+    )
+
+
+def _evaluation(data: Path) -> Evaluation:
+    return Evaluation(tsv=data / TEST, column="sentence", label="label", metric="accuracy", batch_size=64)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ranks", description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help=f"folder with {TRAINING} and {TEST}")
+    parser.add_argument("--model", type=Path, required=True, help="folder of the classifier")
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.66, 0.5, 0.33])
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--dropout", choices=("model", "layer"), default="model")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=12800, help="sentences to train on")
+    parser.add_argument("--device", default="cpu")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
