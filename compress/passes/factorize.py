@@ -64,6 +64,20 @@ class Factorize(Pass):
                 "Put `factorize` before `quantize` in the recipe, and start from the float model.",
             )
 
+    def require_local(self) -> None:
+        reasons = {
+            "`method: fisher` needs gradients through the whole model": self.method == "fisher",
+            "`ranks: budget` weighs the linear maps of all blocks against each other": self.ranks == "budget",
+            "`update: true` reads what the compressed blocks before give": self.update,
+            "`head: true` asks for the output head, which is in no block": self.head,
+        }
+        if found := [reason for reason, holds in reasons.items() if holds]:
+            raise Unsuitable(
+                f"`factorize` cannot be applied block by block: {'; '.join(found)}.",
+                "Set `method: svd_llm` (or asvd, svd) and `ranks: uniform`, without `update` and `head`; or load the "
+                "whole model and run it without streaming.",
+            )
+
     def apply(self, model: Model, context: Context) -> Result:
         from compress.layers.linear import matrix
         from compress.passes.refit import refit
