@@ -128,28 +128,36 @@ def _aliases(module: nn.Module) -> dict[str, str]:
 
 
 def _named(module: Any, stored: Stored, other: Mapping[str, str]) -> dict[str, str]:
-    """Where the files hold each tensor: under its name, under that of one it is tied with, or under one that has the
-    prefix of the model inside a larger one, or lacks it.
+    """Where the files hold each tensor, by the names that transformers reads the files with; a tied one may lie under
+    any of its names.
     """
-    prefix = f"{getattr(module, 'base_model_prefix', '') or '?'}."
-    groups: dict[str, list[str]] = {}
-    for name in module.state_dict():
-        groups.setdefault(other.get(name, name), []).append(name)
-    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    found, missing = {}, []
-    for names in groups.values():
-        spelt = [way for name in names for way in (name, prefix + name, name.removeprefix(prefix))]
-        kept = next((way for way in spelt if way in stored.entries), None)
-        found |= dict.fromkeys(names, kept) if kept else {}
-        missing += names[:1] if kept is None and names[0] in parameters else []
+    state = module.state_dict()
+    found = {name: key for key, name in _renamed(module, stored, state) if name in state}
+    kept = {other.get(name, name): key for name, key in found.items()}
+    found |= {name: kept[other.get(name, name)] for name in state if other.get(name, name) in kept}
+    missing = [name for name, _ in module.named_parameters() if name not in found]
     if missing:
         raise ModelError(
             f"The files of {stored.folder} hold no weights for {len(missing)} tensors of {type(module).__name__}: "
             f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}.",
-            "Choose the task that the model was trained for. Weights that transformers stores under other names than "
-            "its modules have cannot be streamed: load the model whole.",
+            "Choose the task that the model was trained for. Weights that transformers computes from others when it "
+            "loads them cannot be streamed: load the model whole.",
         )
     return found
+
+
+def _renamed(module: Any, stored: Stored, state: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Each tensor of the files, and the name that it has in the module; those that are first computed with left out."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(module)
+    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
+    converters = [one for one in mapping if isinstance(one, WeightConverter)]
+    for key in sorted(stored.entries):
+        name, converted = rename_source_key(key, renamings, converters, module.base_model_prefix, dict(state))
+        if converted is None:
+            yield key, name
 
 
 def _tensors(part: nn.Module, path: str, recurse: bool) -> Iterable[tuple[str, torch.Tensor]]:

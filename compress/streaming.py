@@ -72,7 +72,7 @@ def stream(
     Under a launcher of several processes (`torchrun`) all must call this, and share the blocks.
 
     Raises `Unsuitable` for a pass that needs more than a block and its inputs, or a model without one stack of blocks
-    in scope; `ModelError` for files that are missing or broken; `OutputError` if `out` is taken and `force` is not given;
+    in scope; `ModelError` for files that are missing or broken; `OutputError` if `out` is taken and not `force`;
     `NothingToDo` for a pass that changed nothing, and what the pass raises. A run that fails leaves no output.
     """
     require_device(device)
