@@ -151,14 +151,13 @@ class Factorize(Pass):
         from compress.layers.linear import matrix
         from compress.numerics.low_rank import decompose
 
-        return [
-            decompose(
-                matrix(model.module.get_submodule(weight.path)).cpu(),
-                self._input_root(weight, moments),
-                self._output_root(weight, moments),
-            )
-            for weight in track(context.observer, "factorize: singular values", weights)
-        ]
+        spectra, reads, root = [], "", None
+        for weight in track(context.observer, "factorize: singular values", weights):
+            if weight.reads != reads:  # neighbours that read the same tensor share its root
+                reads, root = weight.reads, self._input_root(weight, moments)
+            dense = matrix(model.module.get_submodule(weight.path)).cpu()
+            spectra.append(decompose(dense, root, self._output_root(weight, moments)))
+        return spectra
 
     def _input_root(self, weight: Weight, moments: Moments) -> Tensor | None:
         from compress.numerics.low_rank import root
