@@ -14,7 +14,7 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 
 import compress
-from compress import processes
+from compress import blockwise, processes
 from compress.compare import forward
 from compress.errors import DataError, ModelError, OutputError, RecipeError, Unsuitable
 from compress.model import Model, load_model
@@ -233,7 +233,12 @@ def test_nothing_to_do(folders, tmp_path):
 
 
 def test_a_model_of_several_stacks(tmp_path):
-    tiny.saved(tiny.t5(), tmp_path / "t5")
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "decoder_start_token_id": 0}
+    config = tf.T5Config(vocab_size=tiny.BODY["vocab_size"], **sizes)
+    tiny.saved(
+        tiny._model(tf.T5ForConditionalGeneration(config), "text2text-generation", tiny.tokenizer(False)),
+        tmp_path / "t5",
+    )
     with pytest.raises(Unsuitable, match="A streamed run works on one stack of blocks, and there are 2"):
         refused(tmp_path / "t5", tmp_path, compress.Factorize(**SETTINGS))
 
@@ -317,6 +322,6 @@ def test_an_interrupted_run_leaves_nothing(folders, tmp_path, monkeypatch):
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compress.streaming, "_copy_rest", stop)
+    monkeypatch.setattr(blockwise, "_copy_rest", stop)
     with pytest.raises(KeyboardInterrupt):
         refused(folders["llama"], tmp_path, compress.Factorize(**SETTINGS), calibration=batches(llama()))
