@@ -70,7 +70,7 @@ def decompose(weight: Tensor, inputs: Tensor | None = None, outputs: Tensor | No
     """The SVD of `weight` (out, in) in the metric with the roots `inputs` (in, in) and `outputs` (out, out), lower
     triangular; the identity where None.
 
-    From the eigenvectors of the smaller Gram matrix, in float64, which is several times as fast as an SVD: singular
+    From the eigenvectors of the smaller Gram matrix, in float64, which is faster than an SVD: singular
     values below 1e-8 of the largest are rounding, and the product of all factors is the weight for any of them.
     """
     weight = weight.detach().double()
