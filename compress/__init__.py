@@ -36,6 +36,7 @@ from compress.recipe import Recipe, load_recipe
 from compress.report import Caution, Change, Parity, Skip, Step
 from compress.scope import Scope
 from compress.showing import show_tokens
+from compress.streaming import stream
 from compress.target import Artifact, Target
 
 __all__ = [
@@ -81,4 +82,5 @@ __all__ = [
     "run",
     "save",
     "show_tokens",
+    "stream",
 ]

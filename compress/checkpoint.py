@@ -1,13 +1,15 @@
 """Save a compressed model, and load it back with the same outputs, bit for bit.
 
 A checkpoint is a folder: `config.json` and the processor's files as transformers writes them, `model.safetensors`
-with every tensor once, `example.safetensors`, and `compress.json`: the class, the task, names that share a tensor,
-package versions, and every pass with its settings and the record from which its structure is rebuilt.
+with every tensor once (or several such files and their index, as a streamed run writes them), `example.safetensors`,
+and `compress.json`: the class, the task, names that share a tensor, package versions, and every pass with its settings
+and the record from which its structure is rebuilt.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from compress.folders import new_folder
 from compress.model import DType, Model, load_model, load_processor
 from compress.recipe import find
 from compress.report import Change, Parity, Skip, Step
+from compress.stored import SINGLE, weight_files
 from compress.versions import package_versions
 
 if TYPE_CHECKING:
@@ -38,7 +41,14 @@ def write_checkpoint(model: Model, folder: Path) -> None:
     from safetensors.torch import save_file
 
     tensors, aliases = _unique_tensors(model.module.state_dict())
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+    write_description(model, folder, aliases)
+
+
+def write_description(model: Model, folder: Path, aliases: Mapping[str, str]) -> None:
+    """Write the files of a checkpoint beside the weights: `aliases` are names of tensors that lie under others."""
+    from safetensors.torch import save_file
+
     save_file(
         {name: value.contiguous() for name, value in model.example.items()}, folder / "example.safetensors"
     )
@@ -53,7 +63,7 @@ def write_checkpoint(model: Model, folder: Path) -> None:
         "class": type(model.module).__name__,
         "task": model.task,
         "source": model.source,
-        "aliases": aliases,
+        "aliases": dict(aliases),
         "versions": package_versions(),
         "steps": [asdict(step) for step in model.history],
     }
@@ -72,7 +82,7 @@ def load(folder: str | Path, skeleton: nn.Module | None = None) -> Model:
     folder = Path(folder)
     record = _read_record(folder)
     try:
-        tensors = load_file(folder / "model.safetensors")
+        tensors = {name: value for file in weight_files(folder) for name, value in load_file(file).items()}
         example = load_file(folder / "example.safetensors")
     except (OSError, SafetensorError) as error:
         raise ModelError(f"The checkpoint {folder} is not whole: {error}.", "Write it again.") from error

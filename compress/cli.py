@@ -92,6 +92,12 @@ def apply(
     calibration: Calibration = None,
     training: TrainingData = None,
     device: Device = "cpu",
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream", help="For a model larger than memory: its one pass block by block, no export."
+        ),
+    ] = False,
     force: Force = False,
 ) -> None:
     """Compress, export and prove a model as a recipe says."""
@@ -105,6 +111,9 @@ def apply(
     from compress.summary import tables
 
     into = out or Path("build") / recipe_path(recipe).stem
+    if stream:
+        _stream(wanted, into, device, force)
+        return
     if not is_main():
         take_part(wanted, into, device)
         return
@@ -114,6 +123,22 @@ def apply(
         output().print(table)
     output().print(f"Written to {manifest.folder}.", markup=False)
     require_accepted(manifest)
+
+
+def _stream(recipe: Any, into: Path, device: str, force: bool) -> None:
+    from compress.console import output, progress
+    from compress.processes import is_main
+    from compress.progress import SILENT
+    from compress.streaming import stream
+    from compress.summary import skips_table, steps_table
+
+    with progress() as observer:
+        told = observer if is_main() else SILENT
+        step = stream(recipe.model.name, recipe, into, device=device, force=force, observer=told)
+    if is_main():
+        for table in (steps_table([step]), skips_table([step])):
+            output().print(table)
+        output().print(f"Written to {into}.", markup=False)
 
 
 @app.command()

@@ -95,11 +95,11 @@ def load_model(
     would be random) or not finite, and `UsageError` for an unknown task.
     """
     name = str(name)
-    _require_folder(name)
+    require_folder(name)
     if task is not None and task not in TASKS:
         raise UsageError(f"There is no task `{task}`.", f"Tasks are: {', '.join(TASKS)}.")
-    with _load_errors(name):
-        config, loader = _loader(name, task, trust_remote_code)
+    with load_errors(name):
+        config, loader = model_class(name, task, trust_remote_code)
         module, loading = loader.from_pretrained(
             name,
             config=config,
@@ -133,7 +133,7 @@ def task_of(module: nn.Module) -> str:
     return "feature-extraction"
 
 
-def _loader(name: str, task: str | None, trust_remote_code: bool) -> tuple[Any, Any]:
+def model_class(name: str, task: str | None, trust_remote_code: bool = False) -> tuple[Any, Any]:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(
@@ -145,7 +145,7 @@ def _loader(name: str, task: str | None, trust_remote_code: bool) -> tuple[Any, 
     return config, getattr(transformers, architecture, transformers.AutoModel)
 
 
-def _require_folder(name: str) -> None:
+def require_folder(name: str) -> None:
     folder = Path(name)
     if folder.is_dir():
         if (folder / "compress.json").exists():
@@ -171,7 +171,7 @@ def _require_folder(name: str) -> None:
 
 
 @contextmanager
-def _load_errors(name: str) -> Iterator[None]:
+def load_errors(name: str) -> Iterator[None]:
     """Turn what transformers and safetensors raise for an unusable model into `ModelError`."""
     from huggingface_hub.errors import HFValidationError
     from safetensors import SafetensorError

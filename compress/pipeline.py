@@ -111,10 +111,10 @@ def _prove(model: Model, settings: Pass, context: Context) -> tuple[Step, nn.Mod
     reference, bytes_before = forward(model.module, model.example), state_bytes(model.module)
     begun = time.perf_counter()
     with task(context.observer, settings.use):
-        result = _applied(settings, model, context)
+        result = applied(settings, model, context)
     seconds = time.perf_counter() - begun
     if not result.changes and not settings.allow_empty:
-        raise _nothing_to_do(settings, result)
+        raise nothing_to_do(settings, result)
     result.module.eval()
     outputs = forward(result.module, model.example)
     found = parity(reference, outputs, f"model after `{settings.use}`")
@@ -135,7 +135,7 @@ def _prove(model: Model, settings: Pass, context: Context) -> tuple[Step, nn.Mod
     return step, result.module
 
 
-def _applied(settings: Pass, model: Model, context: Context) -> Result:
+def applied(settings: Pass, model: Model, context: Context) -> Result:
     """What the pass makes of `model`, with all that it is given on the context's device, and then back."""
     home = device_of(model.module)
     data = {"calibration": context.calibration, "training": context.training}
@@ -146,7 +146,8 @@ def _applied(settings: Pass, model: Model, context: Context) -> Result:
     return result if home is None else replace(result, module=result.module.to(home))
 
 
-def _nothing_to_do(settings: Pass, result: Result) -> NothingToDo:
+def nothing_to_do(settings: Pass, result: Result) -> NothingToDo:
+    """The error for a pass that changed nothing."""
     reasons = "; ".join(f"{skip.target}: {skip.why}" for skip in result.skips[:5])
     more = f" (and {len(result.skips) - 5} more)" if len(result.skips) > 5 else ""
     return NothingToDo(

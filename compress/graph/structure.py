@@ -192,6 +192,25 @@ class Graph:
     macs: dict[str, int]
     """Multiply-accumulates of every module path for the example, children included; "" is the whole model."""
 
+    def within(self, path: str) -> Graph:
+        """The answers about what lies inside the module at `path`. Ties stay whole, and so do all paths."""
+
+        def inside(one: str) -> bool:
+            return one == path or one.startswith(f"{path}.")
+
+        return Graph(
+            weights=tuple(one for one in self.weights if inside(one.path)),
+            stacks=tuple(one for one in self.stacks if inside(one.path)),
+            attentions=tuple(one for one in self.attentions if inside(one.path)),
+            mlps=tuple(one for one in self.mlps if inside(one.path)),
+            norms=tuple(one for one in self.norms if inside(one.path)),
+            rescales=tuple(one for one in self.rescales if inside(one.path)),
+            score_scales=tuple(one for one in self.score_scales if inside(one.path)),
+            ties=self.ties,
+            residual_writers=tuple(one for one in self.residual_writers if inside(one)),
+            macs={one: number for one, number in self.macs.items() if inside(one)},
+        )
+
     def weight(self, path: str) -> Weight | None:
         """The weighted module at `path`, or None."""
         return next((weight for weight in self.weights if weight.path == path), None)

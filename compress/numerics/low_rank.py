@@ -22,11 +22,13 @@ DAMPING = 1e-6
 
 @dataclass(frozen=True)
 class Spectrum:
-    """W = left diag(values) right, in float64: left (out, k), values (k,) descending, right (k, in)."""
+    """W = expand reduce, in float64: expand (out, k), reduce (k, in), and the singular values (k,) in the metric,
+    descending. The first columns and rows are the best approximation of that rank.
+    """
 
-    left: Tensor
+    expand: Tensor
     values: Tensor
-    right: Tensor
+    reduce: Tensor
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """Factors (out, rank) and (rank, in) of the best approximation of that rank.
@@ -34,11 +36,13 @@ class Spectrum:
         Both have the singular values of their product's root: in the metric's own scale one of them can be
         thousands of times larger than the other, and no learning rate would suit both.
         """
-        outer, left = torch.linalg.qr(self.left[:, :rank] * self.values[:rank])
-        inner, right = torch.linalg.qr(self.right[:rank].T)
-        before, values, after = torch.linalg.svd(left @ right.T)
-        root = values.sqrt()
-        return outer @ before * root, root[:, None] * (after @ inner.T)
+        outer, triangle = torch.linalg.qr(self.expand[:, :rank])
+        inner = triangle @ self.reduce[:rank]
+        squares, turn = torch.linalg.eigh(inner @ inner.T)
+        # A square that rounding made zero or less is raised: the product does not depend on it.
+        floor = float(squares[-1].clamp(min=1e-300)) * torch.finfo(squares.dtype).eps
+        root = squares.clamp(min=floor).pow(0.25)
+        return outer @ (turn * root), (turn / root).T @ inner
 
     def errors(self) -> Tensor:
         """The squared error in the metric of each rank from 0 to k, (k + 1,)."""
@@ -54,7 +58,8 @@ def root(moment: Tensor) -> Tensor:
         raise ValueError("the second moment is zero")
     while True:
         # Rounding leaves a moment of few rows with eigenvalues a little below zero.
-        damped = moment + damping * torch.eye(len(moment), dtype=torch.float64)
+        damped = moment.clone()
+        damped.diagonal().add_(damping)
         triangle, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             return triangle
@@ -64,16 +69,30 @@ def root(moment: Tensor) -> Tensor:
 def decompose(weight: Tensor, inputs: Tensor | None = None, outputs: Tensor | None = None) -> Spectrum:
     """The SVD of `weight` (out, in) in the metric with the roots `inputs` (in, in) and `outputs` (out, out), lower
     triangular; the identity where None.
+
+    From the eigenvectors of the smaller Gram matrix, in float64, which is faster than an SVD: singular
+    values below 1e-8 of the largest are rounding, and the product of all factors is the weight for any of them.
     """
-    scaled = weight.detach().double()
-    scaled = scaled if outputs is None else outputs.T @ scaled
-    scaled = scaled if inputs is None else scaled @ inputs
-    left, values, right = torch.linalg.svd(scaled, full_matrices=False)
+    weight = weight.detach().double()
+    seen = weight if outputs is None else outputs.T @ weight
+    scaled = seen if inputs is None else seen @ inputs
+    if len(weight) <= weight.shape[1]:
+        values, left = _principal(scaled @ scaled.T)
+        expand, reduce = left, left.T @ seen
+    else:
+        values, right = _principal(scaled.T @ scaled)
+        expand, reduce = scaled @ right, right.T
+        if inputs is not None:
+            reduce = torch.linalg.solve_triangular(inputs, reduce, upper=False, left=False)
     if outputs is not None:
-        left = torch.linalg.solve_triangular(outputs.T, left, upper=True)
-    if inputs is not None:
-        right = torch.linalg.solve_triangular(inputs, right, upper=False, left=False)
-    return Spectrum(left, values, right)
+        expand = torch.linalg.solve_triangular(outputs.T, expand, upper=True)
+    return Spectrum(expand, values, reduce)
+
+
+def _principal(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """The roots of the eigenvalues of `gram` (n, n), descending, and the eigenvectors as columns."""
+    squares, vectors = torch.linalg.eigh(gram)
+    return squares.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
 
 
 def refitted(weight: Tensor, expand: Tensor, reduce: Tensor, moment: Tensor) -> Tensor:

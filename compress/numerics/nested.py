@@ -18,9 +18,11 @@ def nested(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
 
     Each column of the one is as long as its row of the other.
     """
-    outer, inner = spectrum.left.norm(dim=0), spectrum.right.norm(dim=1)
-    size = (spectrum.values * outer * inner).sqrt()
-    return spectrum.left * (size / outer), spectrum.right * (size / inner)[:, None]
+    outer, inner = (
+        one.clamp(min=1e-300) for one in (spectrum.expand.norm(dim=0), spectrum.reduce.norm(dim=1))
+    )
+    scale = (inner / outer).sqrt()
+    return spectrum.expand * scale, spectrum.reduce / scale[:, None]
 
 
 def cut_errors(expand: Tensor, reduce: Tensor, inputs: Tensor | None, outputs: Tensor | None) -> Tensor:

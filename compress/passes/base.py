@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from compress.errors import Unsuitable
 from compress.progress import SILENT, Observer
 from compress.report import Change, Effect, Skip
 from compress.scope import Scope
@@ -92,6 +93,20 @@ class Pass(BaseModel, ABC):
     def learns_labels(self) -> bool:
         """Whether this pass reads `labels` in its training batches. Without them, it is given none."""
         return False
+
+    def require_local(self) -> None:
+        """Raise `Unsuitable` unless the pass, with these settings, needs nothing but a block and what the block reads,
+        so that it can be applied block by block. A pass that can be overrides this.
+        """
+        raise Unsuitable(
+            f"The pass `{self.use}` needs the whole model, and cannot be applied block by block.",
+            "Load the whole model and run it without streaming; `factorize` with `method: svd_llm` and "
+            "`ranks: uniform` is applied block by block.",
+        )
+
+    def joined(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The record of several blocks, each with one of its own, whose values are maps by module path."""
+        return {name: {k: v for one in records for k, v in one[name].items()} for name in records[0]}
 
     @abstractmethod
     def apply(self, model: Model, context: Context) -> Result:

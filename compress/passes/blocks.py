@@ -16,6 +16,7 @@ from compress.passes.calibration import Enough, run_batch
 from compress.scope import Scope
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from compress.model import Model
@@ -37,6 +38,17 @@ class Call:
     def bare(self) -> Call:
         """The same without the hidden states, to be kept for later."""
         return Call(*placed(self.slot, self.args, self.kwargs, None), self.slot)
+
+    def on(self, device: torch.device) -> Call:
+        """The same with all its tensors on `device`."""
+        import torch
+        from torch.utils import _pytree as pytree
+
+        def move(value: Any) -> Any:
+            return value.to(device) if isinstance(value, torch.Tensor) else value
+
+        args, kwargs = pytree.tree_map(move, (self.args, self.kwargs))
+        return Call(args, kwargs, self.slot)
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """What `block` makes of `hidden` with the other arguments of this call."""
@@ -117,9 +129,9 @@ def run_stack(module: nn.Module, blocks: Sequence[str], batch: Mapping[str, Tens
             hooks.callback(layer.register_forward_hook(after).remove)
         hooks.enter_context(using_cache(module, False))
         with torch.no_grad(), suppress(Enough):
-            run_batch(module, _without_cache(module, batch), number)
+            run_batch(module, without_cache(module, batch), number)
     slots = {
-        _slot(*call, hidden, path)
+        slot_of(*call, hidden, path)
         for hidden, call, path in zip(made[:-1], calls[1:], blocks[1:], strict=True)
     }
     if len(slots) != 1:
@@ -131,12 +143,17 @@ def run_stack(module: nn.Module, blocks: Sequence[str], batch: Mapping[str, Tens
     return Run(tuple(Call(args, kwargs, slot) for args, kwargs in calls), made[-1])
 
 
-def _without_cache(module: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+def without_cache(module: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The arguments `batch` for `module`, and that it use no cache, if it takes that as one."""
     takes = "use_cache" in inspect.signature(module.forward).parameters
     return {**batch, **({"use_cache": False} if takes else {})}
 
 
-def _slot(args: tuple[Any, ...], kwargs: Mapping[str, Any], hidden: Tensor, path: str) -> Slot:
+def slot_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], hidden: Tensor, path: str) -> Slot:
+    """Where `hidden`, that the block before made, is among the arguments of the block at `path`.
+
+    Raises `Unsuitable` if it is not among them.
+    """
     for place, value in [*enumerate(args), *kwargs.items()]:
         if value is hidden:
             return place

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from compress.errors import Unsuitable
 from compress.passes.base import Context, Needs, Pass, Result
-from compress.passes.metric import UNSEEN, Map, Method, metrics
+from compress.passes.metric import UNSEEN, Map, Method, measured
 from compress.progress import track
 from compress.report import Change, Effect, Skip
 
@@ -64,6 +64,20 @@ class Factorize(Pass):
                 "Put `factorize` before `quantize` in the recipe, and start from the float model.",
             )
 
+    def require_local(self) -> None:
+        reasons = {
+            "`method: fisher` needs gradients through the whole model": self.method == "fisher",
+            "`ranks: budget` weighs the linear maps of all blocks against each other": self.ranks == "budget",
+            "`update: true` reads what the compressed blocks before give": self.update,
+            "`head: true` asks for the output head, which is in no block": self.head,
+        }
+        if found := [reason for reason, holds in reasons.items() if holds]:
+            raise Unsuitable(
+                f"`factorize` cannot be applied block by block: {'; '.join(found)}.",
+                "Set `method: svd_llm` (or asvd, svd) and `ranks: uniform`, without `update` and `head`; or load the "
+                "whole model and run it without streaming.",
+            )
+
     def apply(self, model: Model, context: Context) -> Result:
         from compress.layers.linear import matrix
         from compress.numerics.low_rank import decompose
@@ -73,13 +87,13 @@ class Factorize(Pass):
         self.check(model)
         weights, skips = thin_maps(model, self.scope, self.head, self.multiple)
         maps = [Map(weight, weight) for weight in weights]
-        found = metrics(self.method, self.alpha, model, context, maps, "factorize: second moments")
-        seen = [(weight, metric) for weight, metric in zip(weights, found, strict=True) if metric]
-        skips += [Skip(one.path, UNSEEN) for one, metric in zip(weights, found, strict=True) if not metric]
-        weights = [weight for weight, _ in seen]
+        metric = measured(self.method, self.alpha, model, context, maps, "factorize: second moments")
+        skips += [Skip(one.reads.path, UNSEEN) for one in maps if not metric.reaches(one)]
+        maps = [one for one in maps if metric.reaches(one)]
+        weights = [one.reads for one in maps]
         spectra = [
-            decompose(matrix(model.module.get_submodule(weight.path)).cpu(), metric.inputs, metric.outputs)
-            for weight, metric in track(context.observer, "factorize: singular values", seen)
+            decompose(matrix(model.module.get_submodule(one.reads.path)).cpu(), *metric.of(one))
+            for one in track(context.observer, "factorize: singular values", maps)
         ]
         offers = [self._offer(model, weight, one) for weight, one in zip(weights, spectra, strict=True)]
         ranks = self._allocated(offers)

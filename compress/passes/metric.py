@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -31,29 +32,52 @@ class Metric(NamedTuple):
     outputs: Tensor | None
 
 
-def metrics(
+@dataclass
+class Metrics:
+    """The metrics that second moments give. A root is computed when it is asked for: for large layers it is as large
+    as all the rest."""
+
+    method: Method
+    alpha: float
+    sums: Moments
+    _input: tuple[str, Tensor | None] = ("", None)
+
+    def reaches(self, one: Map) -> bool:
+        """Whether the data says anything of a map: a metric of zeros has no SVD."""
+        if self.method == "svd":
+            return True
+        needed = [self.sums.inputs.get(one.reads.reads)]
+        needed += [self.sums.gradients.get(one.writes.path)] if self.method == "fisher" else []
+        return all(found is not None and bool(found.any()) for found in needed)
+
+    def of(self, one: Map) -> Metric:
+        """The metric of a map that the data reaches. Neighbours that read the same tensor share its root."""
+        from compress.numerics.low_rank import root
+
+        if self._input[0] != one.reads.reads:
+            self._input = (one.reads.reads, self._input_root(one.reads.reads))
+        outputs = root(self.sums.gradients[one.writes.path]) if self.method == "fisher" else None
+        return Metric(self._input[1], outputs)
+
+    def _input_root(self, reads: str) -> Tensor | None:
+        from compress.numerics.low_rank import root
+
+        if self.method == "svd":
+            return None
+        if self.method == "asvd":
+            magnitudes = self.sums.magnitudes(reads)
+            return magnitudes.clamp(min=1e-6 * float(magnitudes.mean())).pow(self.alpha).diag()
+        return root(self.sums.mean(reads))
+
+
+def measured(
     method: Method, alpha: float, model: Model, context: Context, maps: Sequence[Map], what: str
-) -> list[Metric | None]:
-    """The metric of each map over the calibration data; None for one that the data does not reach, which has none."""
-    from compress.passes.moments import fisher_moments, input_moments
+) -> Metrics:
+    """The metrics of `maps` over the calibration data; `alpha` is the exponent of `asvd`."""
+    from compress.passes.moments import Moments, fisher_moments, input_moments
 
-    if not maps or method == "svd":
-        return [Metric(None, None)] * len(maps)
     weights = list(dict.fromkeys(weight for one in maps for weight in one))
+    if not weights or method == "svd":
+        return Metrics(method, alpha, Moments())
     sums = (fisher_moments if method == "fisher" else input_moments)(model, context, weights, what)
-    return [_metric(method, alpha, one, sums) for one in maps]
-
-
-def _metric(method: Method, alpha: float, one: Map, sums: Moments) -> Metric | None:
-    from compress.numerics.low_rank import root
-
-    reads, gradients = sums.inputs.get(one.reads.reads), sums.gradients.get(one.writes.path)
-    if reads is None or not reads.any():
-        return None
-    if method == "asvd":
-        magnitudes = sums.magnitudes(one.reads.reads)
-        return Metric(magnitudes.clamp(min=1e-6 * float(magnitudes.mean())).pow(alpha).diag(), None)
-    inputs = root(sums.mean(one.reads.reads))
-    if method == "svd_llm":
-        return Metric(inputs, None)
-    return None if gradients is None or not gradients.any() else Metric(inputs, root(gradients))
+    return Metrics(method, alpha, sums)

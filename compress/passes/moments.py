@@ -159,5 +159,8 @@ def _gradients_seen(
 
 def _add(sums: dict[str, Tensor], key: str, product: Tensor) -> None:
     # What one batch gives is float32, which is fast; the sum over batches is float64.
-    product = product.double().cpu()
-    sums[key] = sums[key] + product if key in sums else product
+    product = product.cpu()
+    if key in sums:
+        sums[key] += product
+    else:
+        sums[key] = product.double()

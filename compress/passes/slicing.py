@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from compress.errors import Unsuitable
 from compress.passes.base import Context
-from compress.passes.metric import UNSEEN, Map, metrics
+from compress.passes.metric import UNSEEN, Map, measured
 from compress.report import Change, Skip
 from compress.scope import Scope
 
@@ -53,14 +53,15 @@ def offers_of(
     from compress.numerics.nested import cut_errors
 
     weights = {weight.path: weight for weight in model.graph.weights}
-    maps = [Map(weights[f"{path}.reduce"], weights[f"{path}.expand"]) for path in layers]
-    found = metrics("fisher", 0.5, model, context, maps, what)
+    maps = {path: Map(weights[f"{path}.reduce"], weights[f"{path}.expand"]) for path in layers}
+    metric = measured("fisher", 0.5, model, context, list(maps.values()), what)
     offers = {}
-    for (path, layer), metric in zip(layers.items(), found, strict=True):
-        if metric is not None:
+    for path, layer in layers.items():
+        if metric.reaches(maps[path]):
             expand, reduce = layer.expand.weight.cpu(), layer.reduce.weight.cpu()
             shape = len(expand), reduce.shape[1]
-            offers[path] = Offer(shape, cut_errors(expand, reduce, *metric), float(shape[0] * shape[1]))
+            errors = cut_errors(expand, reduce, *metric.of(maps[path]))
+            offers[path] = Offer(shape, errors, float(shape[0] * shape[1]))
     return offers
 
 

@@ -17,7 +17,7 @@ from pydantic import Field
 from compress.data import LABELS, spread
 from compress.errors import Unsuitable
 from compress.passes.base import Context, Result
-from compress.passes.metric import UNSEEN, Map, metrics
+from compress.passes.metric import UNSEEN, Map, measured
 from compress.passes.taught import Taught, lessons, require_fall, trainable
 from compress.progress import track
 from compress.report import Change, Skip
@@ -106,11 +106,13 @@ class TrainRanks(Taught):
         from compress.numerics.low_rank import decompose
 
         maps = [Map(weight, weight) for weight in weights]
-        found = metrics(self.method, 0.5, model, context, maps, "train_ranks: second moments")
-        seen = [(weight.path, metric) for weight, metric in zip(weights, found, strict=True) if metric]
+        metric = measured(self.method, 0.5, model, context, maps, "train_ranks: second moments")
+        seen = [one for one in maps if metric.reaches(one)]
         return {
-            path: decompose(matrix(model.module.get_submodule(path)).cpu(), *metric)
-            for path, metric in track(context.observer, "train_ranks: singular values", seen)
+            one.reads.path: decompose(
+                matrix(model.module.get_submodule(one.reads.path)).cpu(), *metric.of(one)
+            )
+            for one in track(context.observer, "train_ranks: singular values", seen)
         }
 
     def _teach(
@@ -152,7 +154,7 @@ def offer_of(spectrum: Spectrum, relative: bool) -> Offer:
 
     errors = spectrum.errors()
     errors = errors / errors[0].clamp(min=1e-300) if relative else errors
-    shape = len(spectrum.left), spectrum.right.shape[1]
+    shape = len(spectrum.expand), spectrum.reduce.shape[1]
     return Offer(shape, errors, float(shape[0] * shape[1]))
 
 

@@ -42,6 +42,45 @@ def test_full_rank_is_the_weight():
         torch.testing.assert_close(approximation(decompose(WEIGHT, *metric), 12), WEIGHT, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (16, 16)])
+def test_it_is_the_singular_value_decomposition_in_the_metric(shape):
+    """Wide and tall weights go by Gram matrices of different sides."""
+    weight = normal(*shape, seed=4)
+    inputs, outputs = root(moment(shape[1])), root(moment(shape[0], seed=7))
+    spectrum = decompose(weight, inputs, outputs)
+    scaled = outputs.T @ weight @ inputs
+    u, s, v = torch.linalg.svd(scaled, full_matrices=False)
+    torch.testing.assert_close(spectrum.values, s, rtol=1e-9, atol=1e-9 * float(s[0]))
+    for rank in (1, 5, 12):
+        expand, reduce = spectrum.factors(rank)
+        best = (u[:, :rank] * s[:rank]) @ v[:rank]
+        torch.testing.assert_close(
+            outputs.T @ expand @ reduce @ inputs, best, rtol=0, atol=1e-8 * float(s[0])
+        )
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
+def test_factors_share_the_singular_values_of_their_product(shape):
+    expand, reduce = decompose(normal(*shape, seed=4), root(moment(shape[1]))).factors(5)
+    values = torch.linalg.svdvals(expand @ reduce)[:5].sqrt()
+    torch.testing.assert_close(torch.linalg.svdvals(expand), values)
+    torch.testing.assert_close(torch.linalg.svdvals(reduce), values)
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
+def test_a_weight_of_low_rank_has_all_factors(shape):
+    """Of a rank above the weight's own: the rest is rounding, and harms nothing."""
+    planted = normal(shape[0], 3) @ normal(3, shape[1], seed=5)
+    for weight in (planted, torch.zeros(shape)):
+        expand, reduce = decompose(weight, root(moment(shape[1]))).factors(8)
+        torch.testing.assert_close(expand @ reduce, weight.double(), rtol=0, atol=1e-7)
+
+
+def moment(features: int, seed: int = 6) -> Tensor:
+    rows = normal(400, features, seed=seed) * torch.logspace(0, 1, features)
+    return rows.T @ rows
+
+
 def test_the_error_on_the_inputs_is_what_the_dropped_values_say():
     spectrum = decompose(WEIGHT, root(X.T @ X))
     for rank in (1, 5, 11):
