@@ -35,12 +35,14 @@ class Size:
 
 
 SIZES = {
+    "0.1B": Size(6, 1024, 2816, 16, 16, 32000),
+    "0.2B": Size(12, 1024, 2816, 16, 16, 32000),
     "0.3B": Size(24, 1024, 2816, 16, 16, 32000),
     "1.1B": Size(22, 2048, 5632, 32, 4, 32000),
     "1.2B": Size(8, 3072, 8192, 24, 8, 128256),
     "3.2B": Size(28, 3072, 8192, 24, 8, 128256),
 }
-"""The last two have blocks of the same width, so that the time is that of a block times their number."""
+"""The first three differ only in the number of blocks, and so do the last two."""
 
 
 @dataclass(frozen=True)
