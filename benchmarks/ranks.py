@@ -18,6 +18,7 @@ import compress
 from compress.console import hush, progress
 from compress.data import Source, batches
 from compress.evaluate import Evaluation, evaluate
+from compress.labels import labelled_batches
 from compress.pipeline import state_bytes
 from compress.progress import Observer
 
@@ -51,11 +52,12 @@ def _variants(
     """The share that is kept, the name, and the model of each row."""
     yield 1.0, "original", model
     calibration = batches(_source(arguments, CALIBRATED_ON), model)
-    training = batches(_source(arguments, arguments.samples), model)
+    training = labelled_batches(_source(arguments, arguments.samples, "label"), model)
     settings = compress.TrainRanks(
         steps=arguments.steps,
         learning_rate=arguments.learning_rate,
         dropout=arguments.dropout,
+        task=arguments.task,
         keep=None,
         precision="auto",
     )
@@ -80,10 +82,9 @@ def _variants(
             yield keep, name, compress.apply(model, passes, calibration=calibration).model
 
 
-def _source(arguments: argparse.Namespace, samples: int) -> Source:
-    return Source(
-        tsv=arguments.data / TRAINING, column="sentence", samples=samples, batch_size=arguments.batch
-    )
+def _source(arguments: argparse.Namespace, samples: int, label: str | None = None) -> Source:
+    file = arguments.data / TRAINING
+    return Source(tsv=file, column="sentence", label=label, samples=samples, batch_size=arguments.batch)
 
 
 def _evaluation(data: Path) -> Evaluation:
@@ -97,6 +98,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.66, 0.5, 0.33])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--task", type=float, default=0.5, help="what the classes count beside the teacher")
     parser.add_argument("--dropout", choices=("model", "layer"), default="model")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--samples", type=int, default=12800, help="sentences to train on")
