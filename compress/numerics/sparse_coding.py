@@ -69,7 +69,13 @@ def fitted(matches: Tensor, gram: Tensor, support: Tensor) -> Tensor:
     rows, size = support.shape
     picked = support.nonzero()[:, 1].view(rows, -1)
     systems = gram[picked[:, :, None], picked[:, None, :]]
-    ridge = 1e-6 * gram.diagonal().mean() * torch.eye(picked.shape[1], dtype=gram.dtype)
+    # Enough for rounding: atoms that depend on each other leave no equation to solve.
+    ridge = (
+        10
+        * torch.finfo(gram.dtype).eps
+        * gram.diagonal().mean()
+        * torch.eye(picked.shape[1], dtype=gram.dtype)
+    )
     wanted = matches.gather(1, picked)[:, :, None]
     solved = torch.cholesky_solve(wanted, torch.linalg.cholesky(systems + ridge))[:, :, 0]
     return matches.new_zeros(rows, size).scatter(1, picked, solved)
