@@ -4,7 +4,9 @@ show.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -371,3 +373,22 @@ def build(name: str) -> Model:
     torch.manual_seed(NAMES.index(name))
     module, example, task = BUILDERS[name]()
     return Model(module=module.eval(), example=example, task=task)
+
+
+def fresh(name: str) -> Model:
+    """The small model `name` with a module of its own, to edit."""
+    return replace(build(name), module=copy.deepcopy(build(name).module))
+
+
+def varied(model: Model, count: int) -> list[dict[str, Tensor]]:
+    """Batches of other values in the shapes of the example, without padding."""
+    generator = torch.Generator().manual_seed(0)
+
+    def filled(name: str, value: Tensor) -> Tensor:
+        if value.is_floating_point():
+            return torch.randn(value.shape, generator=generator)
+        if "mask" in name:
+            return torch.ones_like(value)
+        return torch.randint(3, 60, value.shape, generator=generator)
+
+    return [{name: filled(name, value) for name, value in model.example.items()} for _ in range(count)]

@@ -49,6 +49,14 @@ class Spectrum:
         squares = self.values.square().flip(0).cumsum(0).flip(0)
         return torch.cat([squares, squares.new_zeros(1)])
 
+    def offer(self, cost: float, relative: bool) -> Offer:
+        """What the weight, which costs `cost`, loses at each rank; as a share of its own square if `relative`, where
+        the metric's unit is not the same for all weights.
+        """
+        errors = self.errors()
+        errors = errors / errors[0].clamp(min=1e-300) if relative else errors
+        return Offer((len(self.expand), self.reduce.shape[1]), errors, cost)
+
 
 def root(moment: Tensor) -> Tensor:
     """A lower triangular L with L Lᵀ = `moment` (n, n), which is damped. Raises `ValueError` if it is zero."""

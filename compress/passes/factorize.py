@@ -14,8 +14,7 @@ from pydantic import Field
 
 from compress.errors import Unsuitable
 from compress.passes.base import Context, Needs, Pass, Result
-from compress.passes.metric import UNSEEN, Map, Method, measured
-from compress.progress import track
+from compress.passes.metric import UNSEEN, Method, spectra_of
 from compress.report import Change, Effect, Skip
 
 if TYPE_CHECKING:
@@ -80,21 +79,15 @@ class Factorize(Pass):
 
     def apply(self, model: Model, context: Context) -> Result:
         from compress.layers.linear import matrix
-        from compress.numerics.low_rank import decompose
         from compress.passes.plain_maps import thin_maps
         from compress.passes.refit import refit
 
         self.check(model)
         weights, skips = thin_maps(model, self.scope, self.head, self.multiple)
-        maps = [Map(weight, weight) for weight in weights]
-        metric = measured(self.method, self.alpha, model, context, maps, "factorize: second moments")
-        skips += [Skip(one.reads.path, UNSEEN) for one in maps if not metric.reaches(one)]
-        maps = [one for one in maps if metric.reaches(one)]
-        weights = [one.reads for one in maps]
-        spectra = [
-            decompose(matrix(model.module.get_submodule(one.reads.path)).cpu(), *metric.of(one))
-            for one in track(context.observer, "factorize: singular values", maps)
-        ]
+        found = spectra_of(self.method, self.alpha, model, context, weights, self.use)
+        skips += [Skip(one.path, UNSEEN) for one in weights if one.path not in found]
+        weights = [one for one in weights if one.path in found]
+        spectra = list(found.values())
         offers = [self._offer(model, weight, one) for weight, one in zip(weights, spectra, strict=True)]
         ranks = self._allocated(offers)
         changes, factored = [], []
@@ -119,7 +112,6 @@ class Factorize(Pass):
 
     def _offer(self, model: Model, weight: Weight, spectrum: Spectrum) -> Offer:
         from compress.layers.linear import matrix
-        from compress.numerics.low_rank import Offer
 
         dense = matrix(model.module.get_submodule(weight.path))
         cost = {
@@ -127,10 +119,8 @@ class Factorize(Pass):
             "macs": weight.macs,
             "bytes": dense.numel() * dense.element_size(),
         }[self.of]
-        errors = spectrum.errors()
-        # Only the loss is one unit for all weights; any other error is taken as a share of the weight's own.
-        errors = errors if self.method == "fisher" else errors / errors[0].clamp(min=1e-300)
-        return Offer((dense.shape[0], dense.shape[1]), errors, float(cost))
+        # Only the loss is one unit for all weights.
+        return spectrum.offer(float(cost), relative=self.method != "fisher")
 
     def _allocated(self, offers: Sequence[Offer]) -> list[int | None]:
         from compress.numerics.low_rank import allocate, uniform_ranks

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from compress.progress import track
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.graph.structure import Weight
     from compress.model import Model
+    from compress.numerics.low_rank import Spectrum
     from compress.passes.base import Context
     from compress.passes.moments import Moments
 
@@ -81,3 +84,20 @@ def measured(
         return Metrics(method, alpha, Moments())
     sums = (fisher_moments if method == "fisher" else input_moments)(model, context, weights, what)
     return Metrics(method, alpha, sums)
+
+
+def spectra_of(
+    method: Method, alpha: float, model: Model, context: Context, weights: Sequence[Weight], use: str
+) -> dict[str, Spectrum]:
+    """The components of those dense `weights` that the calibration data reaches, by path and in order, for the pass
+    `use`."""
+    from compress.layers.linear import matrix
+    from compress.numerics.low_rank import decompose
+
+    maps = [Map(weight, weight) for weight in weights]
+    metric = measured(method, alpha, model, context, maps, f"{use}: second moments")
+    seen = [one for one in maps if metric.reaches(one)]
+    return {
+        one.reads.path: decompose(matrix(model.module.get_submodule(one.reads.path)).cpu(), *metric.of(one))
+        for one in track(context.observer, f"{use}: singular values", seen)
+    }

@@ -14,21 +14,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from compress.data import LABELS, spread
+from compress.data import spread, without_labels
 from compress.errors import Unsuitable
 from compress.passes.base import Context, Result
-from compress.passes.metric import UNSEEN, Map, measured
+from compress.passes.metric import UNSEEN, spectra_of
 from compress.passes.taught import Taught, lessons, require_fall, trainable
-from compress.progress import track
 from compress.report import Change, Skip
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from compress.graph.structure import Weight
     from compress.layers.low_rank import LowRankLinear, OrderedLowRank
     from compress.model import Model
-    from compress.numerics.low_rank import Offer, Spectrum
+    from compress.numerics.low_rank import Spectrum
     from compress.passes.taught import Lesson
 
 SEEN = 64
@@ -78,7 +76,7 @@ class TrainRanks(Taught):
         weights, skips = thin_maps(model, self.scope, self.head, self.multiple)
         with lessons(self, model, context) as lesson:
             context = _calibrated(context, lesson)
-            spectra = self._spectra(model, context, weights)
+            spectra = spectra_of(self.method, 0.5, model, context, weights, self.use)
             skips += [Skip(one.path, UNSEEN) for one in weights if one.path not in spectra]
             if not spectra:
                 return Result(model.module, (), tuple(skips))
@@ -90,6 +88,7 @@ class TrainRanks(Taught):
             changes += [_left(path, layer) for path, layer in whole.items()]
             return Result(model.module, tuple(changes), tuple(skips), _record(model.module, whole))
         budget = Budget(self.keep, self.multiple)
+        # A new value, whose graph is that of the factors.
         made = cut(replace(model), context, whole, budget, "train_ranks: second moments")
         skips += made.skips
         return Result(model.module, (*changes, *made.changes), tuple(skips), _record(model.module, whole))
@@ -99,21 +98,6 @@ class TrainRanks(Taught):
 
         factor_as(module, record["ranks"])
         return module
-
-    def _spectra(self, model: Model, context: Context, weights: Sequence[Weight]) -> dict[str, Spectrum]:
-        """The components of those weights that the data reaches, by path."""
-        from compress.layers.linear import matrix
-        from compress.numerics.low_rank import decompose
-
-        maps = [Map(weight, weight) for weight in weights]
-        metric = measured(self.method, 0.5, model, context, maps, "train_ranks: second moments")
-        seen = [one for one in maps if metric.reaches(one)]
-        return {
-            one.reads.path: decompose(
-                matrix(model.module.get_submodule(one.reads.path)).cpu(), *metric.of(one)
-            )
-            for one in track(context.observer, "train_ranks: singular values", seen)
-        }
 
     def _teach(
         self,
@@ -125,7 +109,10 @@ class TrainRanks(Taught):
     ) -> Change:
         from compress.passes.rank_dropout import RankDropout, renamed
 
-        offers = {path: offer_of(one, relative=self.method != "fisher") for path, one in spectra.items()}
+        offers = {
+            path: one.offer(float(len(one.expand) * one.reduce.shape[1]), self.method != "fisher")
+            for path, one in spectra.items()
+        }
         dropout = RankDropout(layers, offers, self.dropout, self.least, self.multiple, lesson.context.seed)
         before = dropout.losses(lesson, module)
 
@@ -147,25 +134,11 @@ class TrainRanks(Taught):
         )
 
 
-def offer_of(spectrum: Spectrum, relative: bool) -> Offer:
-    """What a dense weight loses as the first components of `spectrum`; `relative` to its own, where the metric's unit
-    is not the same for all weights."""
-    from compress.numerics.low_rank import Offer
-
-    errors = spectrum.errors()
-    errors = errors / errors[0].clamp(min=1e-300) if relative else errors
-    shape = len(spectrum.expand), spectrum.reduce.shape[1]
-    return Offer(shape, errors, float(shape[0] * shape[1]))
-
-
 def _calibrated(context: Context, lesson: Lesson) -> Context:
     """`context` with calibration data: some of the training batches, without their labels, if it has none."""
     if context.calibration is not None:
         return context
-    seen = [
-        {name: value for name, value in batch.items() if name != LABELS}
-        for batch in spread(lesson.batches, SEEN)
-    ]
+    seen = [without_labels(batch) for batch in spread(lesson.batches, SEEN)]
     return replace(context, calibration=seen)
 
 

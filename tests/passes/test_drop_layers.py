@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -20,11 +17,7 @@ from compress.passes.influence import block_influences, losses_without, macro_in
 from compress.pipeline import run
 from compress.progress import SILENT
 from compress.scope import Scope
-from tests.zoo import build
-
-
-def fresh(name: str) -> Model:
-    return replace(build(name), module=copy.deepcopy(build(name).module))
+from tests.zoo import build, fresh
 
 
 def with_identity(name: str, path: str) -> Model:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
 import pytest
@@ -20,13 +19,9 @@ from compress.passes.factorize import Factorize
 from compress.passes.quantize import Quantize
 from compress.pipeline import run, state_bytes
 from compress.scope import Scope
-from tests.zoo import build
+from tests.zoo import build, fresh
 
 NAMES = ["bert", "deberta", "gpt2", "opt", "llama", "qwen3", "gemma3", "phi3", "t5", "whisper", "vit", "swin"]
-
-
-def fresh(name: str) -> Model:
-    return replace(build(name), module=copy.deepcopy(build(name).module))
 
 
 def factorize(model: Model, **settings) -> Result:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,34 +10,15 @@ from compress.compare import forward
 from compress.errors import DataError
 from compress.layers.linear import matrix
 from compress.layers.low_rank import LowRankLinear
-from compress.model import Model
 from compress.passes.base import Context
 from compress.passes.factorize import Factorize
-from tests.zoo import build
-
-
-def fresh(name: str) -> Model:
-    return replace(build(name), module=copy.deepcopy(build(name).module))
-
-
-def batches(model: Model, count: int = 8) -> list[dict[str, Tensor]]:
-    """Batches of other values in the shapes of the example, without padding."""
-    generator = torch.Generator().manual_seed(0)
-
-    def filled(name: str, value: Tensor) -> Tensor:
-        if value.is_floating_point():
-            return torch.randn(value.shape, generator=generator)
-        if "mask" in name:
-            return torch.ones_like(value)
-        return torch.randint(3, 60, value.shape, generator=generator)
-
-    return [{name: filled(name, value) for name, value in model.example.items()} for _ in range(count)]
+from tests.zoo import build, fresh, varied
 
 
 def factorized(name: str, update: bool, data: list[dict[str, Tensor]] | None = None, **settings) -> nn.Module:
     model = fresh(name)
     found = Factorize(**{"multiple": 1, "keep": 0.5, **settings}, update=update)
-    return found.apply(model, Context(calibration=data or batches(model))).module
+    return found.apply(model, Context(calibration=data or varied(model, 8))).module
 
 
 def inputs(module: nn.Module, data: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -68,7 +46,7 @@ def test_the_update_never_loses_more_in_any_layer(name, method):
     settings = {"method": method, "ranks": "uniform"}
     before, after = factorized(name, False, **settings), factorized(name, True, **settings)
     lost = {False: 0.0, True: 0.0}
-    for path, x in inputs(after, batches(build(name))).items():
+    for path, x in inputs(after, varied(build(name), 8)).items():
         dense, layers = matrix(build(name).module.get_submodule(path)).double(), {}
         for update, module in ((False, before), (True, after)):
             layer = module.get_submodule(path)
@@ -89,7 +67,7 @@ def test_biases_stay():
 
 def test_all_batches_count():
     """One large batch says what its parts say, and the last part alone something else."""
-    parts = batches(build("llama"), 4)
+    parts = varied(build("llama"), 4)
     whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     settings = {"method": "svd", "ranks": "uniform", "update": True}
     first, second = factorized("llama", data=parts, **settings), factorized("llama", data=[whole], **settings)
@@ -117,7 +95,7 @@ def test_weights_that_read_one_tensor_share_one_run_that_ends_there():
 
     count("")
     count("lm_head")
-    data = batches(model, 3)
+    data = varied(model, 3)
     result = Factorize(multiple=1, method="svd", ranks="uniform", update=True).apply(
         model, Context(calibration=data)
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
 import pytest
@@ -33,7 +32,8 @@ from compress.pipeline import run, state_bytes
 from compress.recipe import load_recipe
 from compress.scope import Scope
 from compress.testing import check_pass
-from tests.zoo import build
+from tests.test_contract import shaken
+from tests.zoo import build, fresh, varied
 
 NAMES = [
     "bert",
@@ -52,26 +52,8 @@ NAMES = [
 SCORES = ["sparsegpt", "wanda", "magnitude"]
 
 
-def fresh(name: str) -> Model:
-    return replace(build(name), module=copy.deepcopy(build(name).module))
-
-
-def batches(model: Model, count: int = 6) -> list[dict[str, Tensor]]:
-    """Batches of other values in the shapes of the example, without padding."""
-    generator = torch.Generator().manual_seed(0)
-
-    def filled(name: str, value: Tensor) -> Tensor:
-        if value.is_floating_point():
-            return torch.randn(value.shape, generator=generator)
-        if "mask" in name:
-            return torch.ones_like(value)
-        return torch.randint(3, 60, value.shape, generator=generator)
-
-    return [{name: filled(name, value) for name, value in model.example.items()} for _ in range(count)]
-
-
 def context(model: Model, teacher: Model | None = None) -> Context:
-    data = batches(model)
+    data = varied(model, 6)
     return Context(calibration=data, training=data, teacher=teacher)
 
 
@@ -86,16 +68,6 @@ def layers(module: nn.Module) -> dict[str, nn.Module]:
 def zeros(module: nn.Module) -> dict[str, Tensor]:
     """Where the weights of sparse layers are zero, as (out, in)."""
     return {path: weight_matrix(layer) == 0 for path, layer in layers(module).items()}
-
-
-def shaken(model: Model) -> Model:
-    """A teacher whose weights are all a little different."""
-    module = copy.deepcopy(model.module)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
-    return replace(model, module=module)
 
 
 def healed(model: Model, source: Model) -> Model:
@@ -164,7 +136,7 @@ def test_the_errors_are_those_of_the_outputs():
     seen: list[Tensor] = []
     layer = model.module.get_submodule(path)
     hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
-    for batch in batches(model):
+    for batch in varied(model, 6):
         forward(model.module, batch)
     hook.remove()
     x = torch.cat(seen).double()
@@ -180,7 +152,7 @@ def test_the_better_the_score_the_nearer_the_model():
         module = Sparsify(**settings).apply(model, context(model)).module
         pairs = [
             [forward(one, batch)["logits"] for one in (module, build("llama").module)]
-            for batch in batches(model)
+            for batch in varied(model, 6)
         ]
         return sum(float((found - wanted).square().sum()) for found, wanted in pairs)
 

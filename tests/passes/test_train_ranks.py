@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,20 +23,16 @@ from compress.passes.factorize import Factorize
 from compress.passes.quantize import Quantize
 from compress.passes.rank_dropout import RankDropout, factor_out, settle
 from compress.passes.slice_ranks import SliceRanks
-from compress.passes.slicing import factored
+from compress.passes.slicing import factored, slice_layers
 from compress.passes.taught import EVERYTHING
-from compress.passes.train_ranks import TrainRanks, offer_of
+from compress.passes.train_ranks import TrainRanks
 from compress.pipeline import run, state_bytes
 from compress.scope import Scope
 from compress.testing import check_pass
 from export.runners import OnnxRunner
-from tests import zoo
+from tests.zoo import fresh
 
 QUICK: dict[str, Any] = {"steps": 48, "multiple": 1}
-
-
-def fresh(name: str) -> Model:
-    return replace(zoo.build(name), module=copy.deepcopy(zoo.build(name).module))
 
 
 def taught(model: Model) -> Context:
@@ -130,7 +124,10 @@ def ordered() -> tuple[dict[str, OrderedLowRank], dict[str, Offer]]:
     torch.manual_seed(0)
     module = nn.ModuleDict({"a": nn.Linear(12, 10), "b": nn.Linear(8, 16)})
     spectra = {path: decompose(layer.weight) for path, layer in module.items()}
-    return factor_out(module, spectra), {path: offer_of(one, relative=True) for path, one in spectra.items()}
+    return factor_out(module, spectra), {
+        path: one.offer(float(len(one.expand) * one.reduce.shape[1]), relative=True)
+        for path, one in spectra.items()
+    }
 
 
 def test_a_sweep_leaves_out_each_rank_of_each_layer_once():
@@ -233,8 +230,6 @@ def test_a_slice_is_what_the_whole_gives_at_that_rank():
     for layer in made.values():
         layer.active = 5
     reference = forward(model.module, model.example)["logits"]
-    from compress.passes.slicing import slice_layers
-
     settle(model.module, made, 1)
     slice_layers(model.module, dict.fromkeys(made, 5))
     torch.testing.assert_close(forward(model.module, model.example)["logits"], reference)
