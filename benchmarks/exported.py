@@ -15,6 +15,7 @@ from torch import Tensor
 
 import compress
 import export
+from compress.pipeline import state_bytes
 from compress.progress import Observer
 from compress.timing import Spread, Timings, Variant, measure
 
@@ -68,6 +69,11 @@ def _cell(value: Cell) -> str:
     if isinstance(value, Spread):
         return f"{value.median:.2f} ({value.low:.2f} to {value.high:.2f})"
     return value if isinstance(value, str) else f"{value:.4g}"
+
+
+def sizes(model: compress.Model) -> Row:
+    """The cells of what `model` stores, in megabytes, and of the multiply-accumulates of its example, in billions."""
+    return {"MB": state_bytes(model.module) / 1e6, "GMACs": model.graph.macs[""] / 1e9}
 
 
 def times(timings: Timings, name: str) -> Row:

@@ -14,21 +14,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import compress
+from benchmarks.cuda import captured, lines, rounds_of
 from compress.layers.attention import use_attention
 from compress.layers.tokens import TokenFlow, TokenReducer
-
-WARM_UP = 5
-CALLS = 20
-"""Timed calls of a variant in one round."""
 
 
 class PublishedFlow(TokenFlow):
@@ -103,43 +100,17 @@ def _left(outcome: Any) -> list[int]:
     return outcome.steps[-1].record["left"]
 
 
-def captured(module: nn.Module, pixels: Tensor) -> Callable[[], object]:
+def whole(module: nn.Module, pixels: Tensor) -> Callable[[], object]:
     """A call of `module` as one CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            module(pixel_values=pixels)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        module(pixel_values=pixels)
-    return graph.replay
+    return captured(partial(module, pixel_values=pixels))
 
 
 def compiled(module: nn.Module, pixels: Tensor) -> Callable[[], object]:
     """A call of `module`, compiled, as one CUDA graph."""
-    return captured(torch.compile(module, dynamic=False), pixels)
+    return whole(torch.compile(module, dynamic=False), pixels)
 
 
-WAYS = {"graph": captured, "compile": compiled}
-
-
-def rounds_of(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds a call, by variant, one a round."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            for _ in range(WARM_UP):
-                call()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(CALLS):
-                call()
-            end.record()
-            torch.cuda.synchronize()
-            times[name].append(start.elapsed_time(end) / CALLS)
-    return times
+WAYS = {"graph": whole, "compile": compiled}
 
 
 def main() -> int:
@@ -160,13 +131,7 @@ def main() -> int:
         for way in arguments.ways:
             calls = {name: WAYS[way](module, pixels) for name, module in modules.items()}
             found[way] = rounds_of(calls, arguments.rounds)
-            base = found[way]["uncompressed"]
-            print(f"\n{found['device']}, {way}: milliseconds, times as fast")
-            for name, times in found[way].items():
-                ratios = [own / one for own, one in zip(base, times, strict=True)]
-                print(
-                    f"{name:24} {median(times):8.2f} {median(ratios):6.2f}  ({min(ratios):.2f} to {max(ratios):.2f})"
-                )
+            print(f"\n{found['device']}, {way}: milliseconds, times as fast", *lines(found[way]), sep="\n")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return 0

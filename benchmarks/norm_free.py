@@ -44,6 +44,9 @@ def _parse() -> argparse.Namespace:
     train.add_argument("--batch", type=int, default=512, help="pictures a step, of each process")
     train.add_argument("--task", type=float, default=0.5, help="what the classes count beside the teacher")
     train.add_argument("--learning-rate", type=float, default=5e-4)
+    train.add_argument(
+        "--keep-norms", action="store_true", help="train the model with its norms so, to compare with"
+    )
     train.add_argument("--precision", choices=("float32", "bfloat16", "auto"), default="auto")
     train.add_argument("--device", default="cpu")
     measure.add_argument("--rounds", type=int, default=5, help="alternating rounds over all variants")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -41,16 +41,9 @@ def train(arguments: argparse.Namespace) -> None:
 
     before = score(model.module)
     tell(f"top-1 before: {before:.2f} %")
-    settings = compress.ProgressiveBatchNorm(
-        steps=arguments.steps,
-        learning_rate=arguments.learning_rate,
-        precision=arguments.precision,
-        accumulate=processes.count(),
-        task=arguments.task,
-    )
     begun = time.perf_counter()
     context = compress.Context(device=device, training=Varied(arguments, device), observer=Lines())
-    made = compress.run(model, [settings], context).model
+    made = compress.run(model, [_pass(arguments)], context).model
     seconds = time.perf_counter() - begun
     after = score(made.module)
     # Half as many bytes; whoever loads them computes in float32.
@@ -61,6 +54,19 @@ def train(arguments: argparse.Namespace) -> None:
         compress.save(replace(made, module=made.module.cpu().half()), arguments.made, force=True)
         facts = {"before": before, "after": after, "stored": stored, "seconds": seconds}
         (arguments.made / "training.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _pass(arguments: argparse.Namespace) -> compress.Pass:
+    training: dict[str, Any] = {
+        "steps": arguments.steps,
+        "learning_rate": arguments.learning_rate,
+        "precision": arguments.precision,
+        "accumulate": processes.count(),
+        "task": arguments.task,
+    }
+    if arguments.keep_norms:
+        return compress.Distill(train_embeddings=True, loss="both", **training)
+    return compress.ProgressiveBatchNorm(**training)
 
 
 def tell(line: str) -> None:

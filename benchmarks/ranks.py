@@ -2,24 +2,26 @@
 
 The classifier in the folder `--model` is factored by `train_ranks` on the sentences of `--data`, and then cut by
 `slice_ranks` to each of `--keep`. Beside each slice stand factors of the same size that nothing trained: plain
-truncated SVD, with the same share for every map or with one budget, and `factorize` as it is by default. Accuracy on
-the held-out sentences, as Markdown.
+truncated SVD, with the same share for every map or with one budget, and `factorize` as it is by default. As Markdown:
+stored megabytes, multiply-accumulates of a batch, accuracy on the held-out sentences, and milliseconds of a batch in
+ONNX Runtime, in alternating rounds, one process each; with `--rounds 0`, without these.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import compress
+from benchmarks.exported import Row, Run, add_timing, markdown, sizes, times
 from compress.console import hush, progress
 from compress.data import Source, batches
 from compress.evaluate import Evaluation, evaluate
 from compress.labels import labelled_batches
-from compress.pipeline import state_bytes
 from compress.progress import Observer
 
 TRAINING, TEST = "sst2_train.tsv.gz", "sst2_dev.tsv.gz"
@@ -34,16 +36,27 @@ UNTRAINED = {
 def main() -> int:
     arguments = _parse()
     hush()
-    model = compress.load_model(arguments.model, task="text-classification")
-    print("| linear maps kept, % | | MB | accuracy, % |\n| ---: | --- | ---: | ---: |")
-    with progress() as observer:
-        for keep, name, made in _variants(model, arguments, observer):
-            score = evaluate(made.module, _evaluation(arguments.data), made).value
-            print(
-                f"| {100 * keep:.0f} | {name} | {state_bytes(made.module) / 1e6:.1f} | {score:.2f} |",
-                flush=True,
-            )
+    with progress() as observer, tempfile.TemporaryDirectory() as scratch:
+        run = Run(Path(scratch), arguments.rounds, arguments.calls, arguments.threads, observer)
+        print(f"\n{markdown(_rows(arguments, run))}")
     return 0
+
+
+def _rows(arguments: argparse.Namespace, run: Run) -> list[Row]:
+    model = compress.load_model(arguments.model, task="text-classification")
+    inputs = next(iter(batches(_source(arguments, arguments.timed), model)))
+    rows: list[Row] = []
+    variants = []
+    for keep, name, made in _variants(model, arguments, run.observer):
+        score = evaluate(made.module, _evaluation(arguments.data), made).value
+        row: Row = {"kept, %": f"{100 * keep:.0f}", "": name, **sizes(made), "accuracy, %": f"{score:.2f}"}
+        print(row, file=sys.stderr, flush=True)
+        rows.append(row)
+        variants += [run.written(f"{name} {keep}", made, inputs)] if run.rounds else []
+    if not variants:
+        return rows
+    timings = run.timed(variants)
+    return [row | times(timings, one.name) for row, one in zip(rows, variants, strict=True)]
 
 
 def _variants(
@@ -102,7 +115,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--dropout", choices=("model", "layer"), default="model")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--samples", type=int, default=12800, help="sentences to train on")
+    parser.add_argument("--timed", type=int, default=8, help="sentences in the batch that is timed")
     parser.add_argument("--device", default="cpu")
+    add_timing(parser, calls=20)
     return parser.parse_args()
 
 

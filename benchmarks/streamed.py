@@ -16,8 +16,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks.machine import Machine, require_packages, this_machine
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 PACKAGES = ("torch", "transformers", "safetensors")
 
@@ -40,9 +45,10 @@ SIZES = {
     "0.3B": Size(24, 1024, 2816, 16, 16, 32000),
     "1.1B": Size(22, 2048, 5632, 32, 4, 32000),
     "1.2B": Size(8, 3072, 8192, 24, 8, 128256),
+    "2.2B": Size(18, 3072, 8192, 24, 8, 128256),
     "3.2B": Size(28, 3072, 8192, 24, 8, 128256),
 }
-"""The first three differ only in the number of blocks, and so do the last two."""
+"""The first three differ only in the number of blocks, and so do the last three."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,7 @@ def write_model(folder: Path, size: Size) -> int:
     return total
 
 
-def _random(shape: tuple[int, ...], generator: object) -> object:
+def _random(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """A weight that keeps the size of what it maps, or the ones of a norm."""
     import torch
 

@@ -51,7 +51,7 @@ def _pack(file: Path, images: np.ndarray) -> None:
 
 
 def settings(folder: Path, **more: object) -> argparse.Namespace:
-    given = {"steps": 6, "batch": 8, "task": 0.5, "learning_rate": 1e-3, "precision": "float32"}
+    given = {"steps": 6, "batch": 8, "task": 0.5, "learning_rate": 1e-3, "precision": "float32", "keep_norms": False}
     paths = {"data": folder, "model": folder / "model", "made": folder / "made"}
     return argparse.Namespace(**{**given, **paths, "device": "cpu", **more})
 
@@ -79,6 +79,13 @@ def test_it_trains_and_measures(
     assert [row["speed"] for row in rows] == [Spread(n, n, n) for n in (1, 2, 3, 4)]
     twins = [row["speed against its layer norms"] for row in rows]
     assert twins == [Spread(n, n, n) for n in (1, 2, 1, 4 / 3)]
+
+
+def test_the_model_it_is_compared_with_keeps_its_norms(folder: Path) -> None:
+    norm_free_train.train(settings(folder, keep_norms=True, made=folder / "kept"))
+    made = compress.load(folder / "kept")
+    assert [step.name for step in made.history] == ["distill"]
+    assert sum(isinstance(part, nn.LayerNorm) for part in made.module.modules()) == 5
 
 
 def test_batches_are_of_different_pictures(folder: Path) -> None:
