@@ -1,0 +1,171 @@
+"""Sparse factorization: linear maps become a small dictionary and sparse codes, which train together.
+
+DSFormer and its straight-through factorizer (Chand et al. 2023, arXiv 2312.13211; no official code). See
+`compress.layers.coded` and `compress.numerics.sparse_coding`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from compress.errors import Unsuitable
+from compress.passes.base import Context, Result
+from compress.passes.metric import UNSEEN, Map, Metrics, measured
+from compress.passes.taught import Taught, calibrated, lessons, require_fall, trainable
+from compress.report import Change, Skip
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from compress.graph.structure import Weight
+    from compress.layers.coded import LatentCoded
+    from compress.model import Model
+    from compress.passes.coding import Form, Start
+    from compress.passes.taught import Lesson
+
+
+class FactorizeSparse(Taught):
+    """Write linear maps as sparse codes in a small dictionary, and train both."""
+
+    use: Literal["factorize_sparse"] = "factorize_sparse"
+    steps: int = Field(default=400, ge=1)
+    """Steps of the optimizer."""
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """The largest learning rate."""
+    keep: float = Field(default=0.5, gt=0, lt=1)
+    """The share of the stored bytes of each map that is left: codes, their places, and dictionary."""
+    atoms: float | None = Field(default=None, gt=0)
+    """The size of a dictionary, as a share of what it spans: the smaller side of the map. None: a few sizes are tried
+    on one map of each shape."""
+    method: Literal["fisher", "svd_llm", "svd"] = "fisher"
+    """The metric of the error that training begins with, see `factorize`."""
+    freeze: float = Field(default=0.2, ge=0, le=1)
+    """The share of the steps, the last ones, in which codes keep their places."""
+    head: bool = False
+    """Also the output head."""
+
+    def check(self, model: Model) -> None:
+        from compress.layers.quantized import is_quantized
+
+        if is_quantized(model.module):
+            raise Unsuitable(
+                "The model is quantized already, and integer weights have no codes.",
+                "Put `factorize_sparse` before `quantize` in the recipe, and start from the float model.",
+            )
+
+    def apply(self, model: Model, context: Context) -> Result:
+        from compress.passes.coding import coded, settle, started
+        from compress.progress import track
+
+        self.check(model)
+        weights, offered, skips = self._offered(model)
+        with lessons(self, model, context) as lesson:
+            context = calibrated(context, lesson)
+            maps = {one.path: Map(one, one) for one in weights}
+            metrics = measured(
+                self.method, 0.5, model, context, list(maps.values()), f"{self.use}: second moments"
+            )
+            skips += [Skip(path, UNSEEN) for path, one in maps.items() if not metrics.reaches(one)]
+            layers = {
+                path: model.module.get_submodule(path) for path, one in maps.items() if metrics.reaches(one)
+            }
+            if not layers:
+                return Result(model.module, (), tuple(skips))
+            starts = started(
+                layers,
+                offered,
+                lambda path: metrics.of(maps[path]),
+                context.seed,
+                lambda paths: track(context.observer, f"{self.use}: dictionaries", paths),
+            )
+            names = trainable(model, self.scope)
+            changes = [_change(path, layers[path], one) for path, one in starts.items()]
+            latent = coded(model.module, starts)
+            changes.append(self._teach(lesson, model.module, names, latent))
+        settle(model.module, latent)
+        record = {path: [one.form.atoms, one.form.count] for path, one in starts.items()}
+        return Result(model.module, tuple(changes), tuple(skips), {"codes": record})
+
+    def restore(self, module: nn.Module, record: dict[str, Any]) -> nn.Module:
+        from compress.layers.coded import empty_coded
+        from compress.layers.linear import matrix
+        from compress.layers.quantized import swap
+
+        new = {}
+        for path, (atoms, count) in record["codes"].items():
+            layer = module.get_submodule(path)
+            made = empty_coded(matrix(layer), getattr(layer, "bias", None), atoms, count)
+            new[layer] = made.train(layer.training)
+        swap(module, new)
+        return module
+
+    def _offered(self, model: Model) -> tuple[list[Weight], dict[str, list[Form]], list[Skip]]:
+        """The maps in scope that have a form within `keep`, their forms by path, and why others are left alone."""
+        from compress.layers.linear import matrix
+        from compress.passes.coding import SHARES, forms
+        from compress.passes.plain_maps import plain_maps
+
+        weights, skips = plain_maps(model, self.scope, self.head)
+        offered = {}
+        for weight in weights:
+            dense = matrix(model.module.get_submodule(weight.path))
+            offered[weight.path] = forms(dense, self.keep, SHARES if self.atoms is None else [self.atoms])
+            if not offered[weight.path]:
+                out, width = dense.shape
+                why = (
+                    f"no dictionary with codes for {out}x{width} fits in {100 * self.keep:.0f} % of its bytes"
+                )
+                skips.append(Skip(weight.path, why))
+        return [one for one in weights if offered[one.path]], offered, skips
+
+    def _teach(
+        self, lesson: Lesson, module: nn.Module, names: Sequence[str], layers: Mapping[str, LatentCoded]
+    ) -> Change:
+        before = lesson.mean_loss(module)
+        frozen = self.steps - round(self.freeze * self.steps)
+
+        def prepare(step: int) -> None:
+            if step >= frozen:
+                for layer in layers.values():
+                    layer.freeze()
+
+        names = lesson.reached(module, _renamed(names, layers))
+        lesson.learn(module, names, prepare)
+        after = lesson.mean_loss(module)
+        require_fall(self.use, before, after)
+        return Change(
+            "the model",
+            f"trained on {lesson.kind}, codes straight through",
+            f"loss {before:.4g}",
+            f"loss {after:.4g} ({len(names)} tensors, {self.steps} steps)",
+        )
+
+
+def _renamed(names: Sequence[str], layers: Mapping[str, LatentCoded]) -> list[str]:
+    """The parameters called `names` before there were codes, as they are called now."""
+    found = []
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        if path in layers and leaf == "weight":
+            found += [f"{path}.latent", f"{path}.atoms"]
+        else:
+            found.append(name)
+    return found
+
+
+def _change(path: str, layer: nn.Module, start: Start) -> Change:
+    from compress.layers.linear import matrix
+
+    weight, form = matrix(layer), start.form
+    out, width = weight.shape
+    share = form.bytes / (weight.numel() * weight.element_size())
+    return Change(
+        path,
+        "sparsely factorized",
+        f"{type(layer).__name__} {out}x{width}",
+        f"{form.atoms} atoms, {form.count} non-zeros a code, {100 * share:.0f} % of the bytes, "
+        f"{100 * start.lost:.2g} % of the squared error of leaving it out",
+    )
