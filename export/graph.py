@@ -125,10 +125,14 @@ def bits_kept() -> Iterator[None]:
     optimize = onnxscript.optimizer.optimize_ir
 
     def patched(model: ir.Model, *args: Any, **kwargs: Any) -> Any:
-        own = kwargs.pop("should_fold", lambda node: None)
-        return optimize(
-            model, *args, should_fold=lambda node: node.op_type != "BitwiseAnd" and own(node), **kwargs
-        )
+        own = kwargs.pop("should_fold", None)
+
+        def should_fold(node: ir.Node) -> bool | None:
+            if node.op_type == "BitwiseAnd":
+                return False
+            return None if own is None else own(node)
+
+        return optimize(model, *args, should_fold=should_fold, **kwargs)
 
     onnxscript.optimizer.optimize_ir = patched
     try:

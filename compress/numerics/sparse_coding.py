@@ -84,8 +84,8 @@ def fitted(matches: Tensor, gram: Tensor, support: Tensor) -> Tensor:
 
 
 def stored_bytes(rows: int, side: int, size: int, count: int, item: int) -> int:
-    """What codes (rows, size) of `count` non-zeros and a dictionary (size, side) take: values and atoms of `item` bytes,
-    and a bit for each place of a code."""
+    """What codes (rows, size) of `count` non-zeros and a dictionary (size, side) take: numbers of `item` bytes, and
+    a bit for each place of a code."""
     return item * (rows * count + size * side) + rows * packed_width(size)
 
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from compress.layers.coded import LatentCoded
+from compress.layers.coded import CodedLinear, LatentCodes, latent_linear
 from compress.layers.linear import matrix
 from compress.layers.quantized import swap
 from compress.numerics.low_rank import root
 from compress.numerics.sparse_coding import affordable, learn_dictionary, refitted_atoms, stored_bytes
 from compress.passes.metric import Metric
 
-SHARES = (1 / 4, 1 / 3, 5 / 12, 1 / 2, 7 / 12, 2 / 3, 3 / 4, 1)
-"""Sizes of a dictionary that are tried, as shares of what it spans."""
+SHARES = (1 / 4, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1)
+"""Sizes of a dictionary that are tried, as shares of the largest: what it spans, or what the bytes buy."""
 MULTIPLE = 8
 """Dictionaries have multiples of so many atoms: bits fill bytes, and kernels like them."""
 DAMPING = 0.01
@@ -44,41 +44,29 @@ class Start:
     lost: float
 
 
-def forms(weight: Tensor, keep: float, shares: Sequence[float] = SHARES) -> list[Form]:
-    """The forms of `weight` (out, in) that take the share `keep` of its bytes, one a size of the dictionary."""
+def forms(weight: Tensor, keep: float, share: float | None = None) -> list[Form]:
+    """The forms of `weight` (out, in) that take the share `keep` of its bytes, one a size of the dictionary; or the one
+    whose size is `share` of what the dictionary spans."""
     rows, side, item = max(weight.shape), min(weight.shape), weight.element_size()
-    found = {}
-    for share in shares:
-        size = max(
-            1, round(share * side / MULTIPLE) * MULTIPLE if side >= 2 * MULTIPLE else round(share * side)
-        )
-        count = affordable(rows, side, size, keep * weight.numel() * item, item)
-        if count:
-            found[size] = Form(size, count, stored_bytes(rows, side, size, count, item))
-    return list(found.values())
+    wanted = [share * side] if share else [one * min(side, keep * rows) for one in SHARES]
+    sizes = dict.fromkeys(max(1, int(one) // MULTIPLE * MULTIPLE or int(one)) for one in wanted)
+    counts = {size: affordable(rows, side, size, keep * weight.nbytes, item) for size in sizes}
+    return [
+        Form(size, count, stored_bytes(rows, side, size, count, item))
+        for size, count in counts.items()
+        if count
+    ]
 
 
-def started(
-    layers: Mapping[str, nn.Module],
-    offered: Mapping[str, Sequence[Form]],
-    metric: Callable[[str], Metric],
-    seed: int,
-    said: Callable[[Sequence[str]], Sequence[str]],
-) -> dict[str, Start]:
-    """A start for each of `layers` by path. The form is the best of those `offered`, tried on one map of each shape."""
-    best: dict[tuple[int, ...], Form] = {}
-    starts = {}
-    for path in said(list(layers)):
-        weight, known = matrix(layers[path]).cpu(), metric(path)
-        shape = tuple(weight.shape)
-        if shape not in best:
-            tried = [start(weight, form, known, seed, TRIED_ROUNDS) for form in offered[path]]
-            best[shape] = min(tried, key=lambda one: one.lost).form
-        starts[path] = start(weight, best[shape], known, seed, ROUNDS)
-    return starts
+def best_form(weight: Tensor, offered: Sequence[Form], metric: Metric, seed: int) -> Form:
+    """The one of the forms `offered` in which `weight` (out, in) loses least."""
+    if len(offered) == 1:
+        return offered[0]
+    tried = [start(weight, form, metric, seed, TRIED_ROUNDS) for form in offered]
+    return min(tried, key=lambda one: one.lost).form
 
 
-def start(weight: Tensor, form: Form, metric: Metric, seed: int, rounds: int) -> Start:
+def start(weight: Tensor, form: Form, metric: Metric, seed: int, rounds: int = ROUNDS) -> Start:
     """Codes and dictionary of `weight` (out, in) in `form`.
 
     Codes are found in the metric of the side that the dictionary spans. The dictionary is then refitted in both: the
@@ -100,22 +88,43 @@ def start(weight: Tensor, form: Form, metric: Metric, seed: int, rounds: int) ->
     return Start(form, (codes * lengths).to(weight), (atoms / lengths[:, None]).to(weight), lost)
 
 
-def coded(module: nn.Module, starts: Mapping[str, Start]) -> dict[str, LatentCoded]:
+def coded(module: nn.Module, starts: Mapping[str, Start]) -> dict[str, CodedLinear]:
     """Put layers that train from `starts` in the place of the linear maps at their paths, in place."""
     layers = {path: module.get_submodule(path) for path in starts}
     new = {}
     for path, layer in layers.items():
         one, weight = starts[path], matrix(layer)
         codes, atoms, turned = one.codes.to(weight), one.atoms.to(weight), len(weight) < weight.shape[1]
-        made = LatentCoded(codes, atoms, getattr(layer, "bias", None), turned, one.form.count)
+        made = latent_linear(codes, one.form.count, atoms, getattr(layer, "bias", None), turned)
         new[path] = made.train(layer.training)
     swap(module, {layers[path]: one for path, one in new.items()})
     return new
 
 
-def settle(module: nn.Module, layers: Mapping[str, LatentCoded]) -> None:
+def renamed(names: Sequence[str], layers: Mapping[str, CodedLinear]) -> list[str]:
+    """The parameters called `names` before there were codes, as they are called now."""
+    found = []
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        if path not in layers:
+            found.append(name)
+        elif leaf == "weight":
+            found += [f"{path}.codes.latent", f"{path}.dictionary.weight"]
+        else:
+            found.append(f"{path}.{'dictionary' if layers[path].codes.turned else 'codes'}.{leaf}")
+    return found
+
+
+def freeze(layers: Iterable[CodedLinear]) -> None:
+    """From now on the codes of `layers` keep their places."""
+    for layer in layers:
+        assert isinstance(layer.codes, LatentCodes)
+        layer.codes.freeze()
+
+
+def settle(module: nn.Module, layers: Iterable[CodedLinear]) -> None:
     """Put packed layers in the place of `layers`, in place."""
-    swap(module, {layer: layer.packed().train(layer.training) for layer in layers.values()})
+    swap(module, {layer: layer.packed().train(layer.training) for layer in layers})
 
 
 def _damped(moment_root: Tensor | None, size: int) -> Tensor:

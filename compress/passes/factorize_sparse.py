@@ -13,15 +13,15 @@ from pydantic import Field
 
 from compress.errors import Unsuitable
 from compress.passes.base import Context, Result
-from compress.passes.metric import UNSEEN, Map, Metrics, measured
+from compress.passes.metric import UNSEEN, Map, measured
 from compress.passes.taught import Taught, calibrated, lessons, require_fall, trainable
 from compress.report import Change, Skip
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Size, Tensor, nn
 
     from compress.graph.structure import Weight
-    from compress.layers.coded import LatentCoded
+    from compress.layers.coded import CodedLinear
     from compress.model import Model
     from compress.passes.coding import Form, Start
     from compress.passes.taught import Lesson
@@ -37,7 +37,7 @@ class FactorizeSparse(Taught):
     """The largest learning rate."""
     keep: float = Field(default=0.5, gt=0, lt=1)
     """The share of the stored bytes of each map that is left: codes, their places, and dictionary."""
-    atoms: float | None = Field(default=None, gt=0)
+    atoms: float | None = Field(default=None, gt=0, le=4)
     """The size of a dictionary, as a share of what it spans: the smaller side of the map. None: a few sizes are tried
     on one map of each shape."""
     method: Literal["fisher", "svd_llm", "svd"] = "fisher"
@@ -57,35 +57,20 @@ class FactorizeSparse(Taught):
             )
 
     def apply(self, model: Model, context: Context) -> Result:
-        from compress.passes.coding import coded, settle, started
-        from compress.progress import track
+        from compress.passes.coding import coded, settle
 
         self.check(model)
-        weights, offered, skips = self._offered(model)
+        weights, skips = self._choose(model)
         with lessons(self, model, context) as lesson:
-            context = calibrated(context, lesson)
-            maps = {one.path: Map(one, one) for one in weights}
-            metrics = measured(
-                self.method, 0.5, model, context, list(maps.values()), f"{self.use}: second moments"
-            )
-            skips += [Skip(path, UNSEEN) for path, one in maps.items() if not metrics.reaches(one)]
-            layers = {
-                path: model.module.get_submodule(path) for path, one in maps.items() if metrics.reaches(one)
-            }
-            if not layers:
+            starts = self._starts(model, calibrated(context, lesson), weights)
+            skips += [Skip(one.path, UNSEEN) for one in weights if one.path not in starts]
+            if not starts:
                 return Result(model.module, (), tuple(skips))
-            starts = started(
-                layers,
-                offered,
-                lambda path: metrics.of(maps[path]),
-                context.seed,
-                lambda paths: track(context.observer, f"{self.use}: dictionaries", paths),
-            )
             names = trainable(model, self.scope)
-            changes = [_change(path, layers[path], one) for path, one in starts.items()]
-            latent = coded(model.module, starts)
-            changes.append(self._teach(lesson, model.module, names, latent))
-        settle(model.module, latent)
+            changes = [_change(path, model.module.get_submodule(path), one) for path, one in starts.items()]
+            layers = coded(model.module, starts)
+            changes.append(self._teach(lesson, model.module, names, layers))
+        settle(model.module, layers.values())
         record = {path: [one.form.atoms, one.form.count] for path, one in starts.items()}
         return Result(model.module, tuple(changes), tuple(skips), {"codes": record})
 
@@ -102,37 +87,63 @@ class FactorizeSparse(Taught):
         swap(module, new)
         return module
 
-    def _offered(self, model: Model) -> tuple[list[Weight], dict[str, list[Form]], list[Skip]]:
-        """The maps in scope that have a form within `keep`, their forms by path, and why others are left alone."""
+    def _choose(self, model: Model) -> tuple[list[Weight], list[Skip]]:
+        """The maps in scope that have a form within `keep`, and why others are left alone."""
         from compress.layers.linear import matrix
-        from compress.passes.coding import SHARES, forms
         from compress.passes.plain_maps import plain_maps
 
         weights, skips = plain_maps(model, self.scope, self.head)
-        offered = {}
+        found = []
         for weight in weights:
             dense = matrix(model.module.get_submodule(weight.path))
-            offered[weight.path] = forms(dense, self.keep, SHARES if self.atoms is None else [self.atoms])
-            if not offered[weight.path]:
+            if self._forms(dense):
+                found.append(weight)
+            else:
                 out, width = dense.shape
                 why = (
                     f"no dictionary with codes for {out}x{width} fits in {100 * self.keep:.0f} % of its bytes"
                 )
                 skips.append(Skip(weight.path, why))
-        return [one for one in weights if offered[one.path]], offered, skips
+        return found, skips
+
+    def _forms(self, weight: Tensor) -> list[Form]:
+        from compress.passes.coding import forms
+
+        return forms(weight, self.keep, self.atoms)
+
+    def _starts(self, model: Model, context: Context, weights: Sequence[Weight]) -> dict[str, Start]:
+        """Where those of `weights` begin that the calibration data reaches. The form is tried on one map a shape."""
+        from compress.layers.linear import matrix
+        from compress.passes.coding import best_form, start
+        from compress.progress import track
+
+        maps = {one.path: Map(one, one) for one in weights}
+        metrics = measured(
+            self.method, 0.5, model, context, list(maps.values()), f"{self.use}: second moments"
+        )
+        seen = [path for path, one in maps.items() if metrics.reaches(one)]
+        chosen: dict[Size, Form] = {}
+        starts = {}
+        for path in track(context.observer, f"{self.use}: dictionaries", seen):
+            weight, metric = matrix(model.module.get_submodule(path)).cpu(), metrics.of(maps[path])
+            if weight.shape not in chosen:
+                chosen[weight.shape] = best_form(weight, self._forms(weight), metric, context.seed)
+            starts[path] = start(weight, chosen[weight.shape], metric, context.seed)
+        return starts
 
     def _teach(
-        self, lesson: Lesson, module: nn.Module, names: Sequence[str], layers: Mapping[str, LatentCoded]
+        self, lesson: Lesson, module: nn.Module, names: Sequence[str], layers: Mapping[str, CodedLinear]
     ) -> Change:
+        from compress.passes.coding import freeze, renamed
+
         before = lesson.mean_loss(module)
         frozen = self.steps - round(self.freeze * self.steps)
 
         def prepare(step: int) -> None:
             if step >= frozen:
-                for layer in layers.values():
-                    layer.freeze()
+                freeze(layers.values())
 
-        names = lesson.reached(module, _renamed(names, layers))
+        names = lesson.reached(module, renamed(names, layers))
         lesson.learn(module, names, prepare)
         after = lesson.mean_loss(module)
         require_fall(self.use, before, after)
@@ -142,18 +153,6 @@ class FactorizeSparse(Taught):
             f"loss {before:.4g}",
             f"loss {after:.4g} ({len(names)} tensors, {self.steps} steps)",
         )
-
-
-def _renamed(names: Sequence[str], layers: Mapping[str, LatentCoded]) -> list[str]:
-    """The parameters called `names` before there were codes, as they are called now."""
-    found = []
-    for name in names:
-        path, _, leaf = name.rpartition(".")
-        if path in layers and leaf == "weight":
-            found += [f"{path}.latent", f"{path}.atoms"]
-        else:
-            found.append(name)
-    return found
 
 
 def _change(path: str, layer: nn.Module, start: Start) -> Change:
