@@ -1,0 +1,31 @@
+"""The benchmark of sparse factors, on a small classifier and few sentences."""
+
+from __future__ import annotations
+
+import gzip
+import sys
+
+from benchmarks import sparse_factors
+from tests import tiny
+
+HEAD = ["variant", "MB", "GMACs", "accuracy, %", "ms", "speed"]
+
+
+def test_each_variant_has_its_row(tmp_path, monkeypatch, capsys):
+    folder = tiny.saved(tiny.bert_classifier({0: "negative", 1: "positive"}), tmp_path / "model")
+    for name in (sparse_factors.TRAINING, sparse_factors.TEST):
+        lines = [f"{text}\t{number % 2}" for number, text in enumerate(tiny.sentences(64))]
+        with gzip.open(tmp_path / name, "wt", encoding="utf-8") as file:
+            file.write("\n".join(["sentence\tlabel", *lines]) + "\n")
+    given = f"--data {tmp_path} --model {folder} --steps 16 --learning-rate 1e-3 --batch 16 --samples 64 --keep 0.6"
+    timing = "--rounds 1 --calls 1 --threads 1 --timed 2 --seeds 0 1"
+    only = ["--only", "factorize", "factorize_sparse"]
+    monkeypatch.setattr(sys, "argv", ["sparse_factors", *given.split(), *timing.split(), *only])
+    assert sparse_factors.main() == 0
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
+    assert head == HEAD
+    assert [row[0] for row in rows] == ["original", "factorize", "factorize_sparse"]
+    sizes = [float(row[1]) for row in rows]
+    assert sizes[2] < 1.02 * sizes[1] < sizes[0]
+    assert all(0 <= float(row[3]) <= 100 for row in rows)
