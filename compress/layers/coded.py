@@ -44,13 +44,16 @@ class LatentCodes(Codes):
     grow until it does.
 
     latent   parameter (rows, atoms)
+    kept     buffer (rows, atoms), bool: where codes were frozen; None before
     """
+
+    kept: Tensor | None
 
     def __init__(self, codes: Tensor, count: int, bias: Tensor | None, turned: bool) -> None:
         super().__init__(bias, turned)
         self.latent = nn.Parameter(codes.detach().contiguous())
         self.count = count
-        self.kept: Tensor | None = None
+        self.register_buffer("kept", None, persistent=False)
 
     def support(self) -> Tensor:
         """Which codes take part, (rows, atoms): the largest, or those that did when they were frozen."""

@@ -15,7 +15,7 @@ from compress.numerics.low_rank import root
 from compress.numerics.sparse_coding import affordable, learn_dictionary, refitted_atoms, stored_bytes
 from compress.passes.metric import Metric
 
-SHARES = (1 / 4, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1)
+SHARES = (1 / 3, 1 / 2, 2 / 3, 5 / 6, 1)
 """Sizes of a dictionary that are tried, as shares of the largest: what it spans, or what the bytes buy."""
 MULTIPLE = 8
 """Dictionaries have multiples of so many atoms: bits fill bytes, and kernels like them."""
