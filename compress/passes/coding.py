@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from compress.errors import Unsuitable
 from compress.layers.coded import CodedLinear, LatentCodes, latent_linear
 from compress.layers.linear import matrix
 from compress.layers.quantized import swap
-from compress.numerics.low_rank import root
+from compress.numerics.low_rank import allocate, decompose, root
 from compress.numerics.sparse_coding import affordable, learn_dictionary, refitted_atoms, stored_bytes
 from compress.passes.metric import Metric
 
@@ -19,6 +20,8 @@ SHARES = (1 / 3, 1 / 2, 2 / 3, 5 / 6, 1)
 """Sizes of a dictionary that are tried, as shares of the largest: what it spans, or what the bytes buy."""
 MULTIPLE = 8
 """Dictionaries have multiples of so many atoms: bits fill bytes, and kernels like them."""
+SMALLEST = 4
+"""The budget is spent by ranks in multiples of this: what low rank stores with it always has room for codes, too."""
 DAMPING = 0.01
 """Of both metrics, as a share of the mean diagonal: what the calibration data does not reach counts a little."""
 TRIED_ROUNDS, ROUNDS = 2, 4
@@ -48,7 +51,7 @@ def forms(weight: Tensor, keep: float, share: float | None = None) -> list[Form]
     """The forms of `weight` (out, in) that take the share `keep` of its bytes, one a size of the dictionary; or the one
     whose size is `share` of what the dictionary spans."""
     rows, side, item = max(weight.shape), min(weight.shape), weight.element_size()
-    wanted = [share * side] if share else [one * min(side, keep * rows) for one in SHARES]
+    wanted = [share * side] if share else [one * largest(weight, keep) for one in SHARES]
     sizes = dict.fromkeys(max(1, int(one) // MULTIPLE * MULTIPLE or int(one)) for one in wanted)
     counts = {size: affordable(rows, side, size, keep * weight.nbytes, item) for size in sizes}
     return [
@@ -58,33 +61,59 @@ def forms(weight: Tensor, keep: float, share: float | None = None) -> list[Form]
     ]
 
 
-def best_form(weight: Tensor, offered: Sequence[Form], metric: Metric, seed: int) -> Form:
-    """The one of the forms `offered` in which `weight` (out, in) loses least."""
-    if len(offered) == 1:
-        return offered[0]
-    tried = [start(weight, form, metric, seed, TRIED_ROUNDS) for form in offered]
-    return min(tried, key=lambda one: one.lost).form
+def best_share(weight: Tensor, keep: float, metric: Metric, seed: int) -> float:
+    """The size of the dictionary with which `weight` (out, in) loses least at `keep`, as a share of the largest."""
+    tried = [start(weight, form, metric, seed, TRIED_ROUNDS) for form in forms(weight, keep)]
+    return min(tried, key=lambda one: one.lost).form.atoms / largest(weight, keep)
+
+
+def largest(weight: Tensor, keep: float) -> float:
+    """The size of the largest dictionary for `weight`: what it spans, or what the share `keep` of the bytes buys."""
+    return min(*weight.shape, keep * max(weight.shape))
+
+
+def budget(
+    weights: Mapping[str, Tensor], metric: Callable[[str], Metric], relative: bool, keep: float
+) -> dict[str, float]:
+    """The shares of their bytes that `weights` (out, in) keep, by path, of one budget: what low rank would spend on
+    each, where it lowers the error most. 1: stays as it is. `metric` gives that of a path, and errors count as a share
+    of each weight's own square if `relative`. Raises `Unsuitable` if even the smallest ranks cost more."""
+    offers = {
+        path: decompose(weight, *metric(path)).offer(float(weight.numel()), relative)
+        for path, weight in weights.items()
+    }
+    total = sum(one.dense for one in offers.values())
+    try:
+        ranks = allocate(list(offers.values()), keep * total, SMALLEST)
+    except ValueError as error:
+        raise Unsuitable(f"`keep: {keep}` cannot be reached: {error}.", "Keep more.") from error
+    return {path: one.cost(rank) / one.dense for (path, one), rank in zip(offers.items(), ranks, strict=True)}
+
+
+def damped(metric: Metric, weight: Tensor) -> Metric:
+    """`metric` of `weight` (out, in) with some of the mean of each side's diagonal added to it; no side is None."""
+    sides = zip(metric, reversed(weight.shape), strict=True)
+    return Metric(*(root(_damped(one, size)) for one, size in sides))
 
 
 def start(weight: Tensor, form: Form, metric: Metric, seed: int, rounds: int = ROUNDS) -> Start:
-    """Codes and dictionary of `weight` (out, in) in `form`.
+    """Codes and dictionary of `weight` (out, in) in `form`, in a metric with both sides.
 
     Codes are found in the metric of the side that the dictionary spans. The dictionary is then refitted in both: the
     metric of the rows would tie the rows' codes to each other.
     """
     turned = len(weight) < weight.shape[1]
     rows = (weight.T if turned else weight).double()
-    across, along = (_damped(one, size) for one, size in zip(metric, reversed(weight.shape), strict=True))
-    if turned:
-        across, along = along, across
-    span = root(across)
+    span, other = reversed(metric) if turned else metric
+    assert span is not None
+    assert other is not None
     generator = torch.Generator().manual_seed(seed)
     made = learn_dictionary((rows @ span).float(), form.atoms, form.count, generator, rounds)
     codes = made.codes.double()
     atoms = torch.linalg.solve_triangular(span, made.atoms.double(), upper=False, left=False)
-    atoms = refitted_atoms(rows, codes, atoms, along)
+    atoms = refitted_atoms(rows, codes, atoms, other @ other.T)
     lengths = atoms.norm(dim=1).clamp(min=1e-12)
-    lost = _energy(rows - codes @ atoms, across, along) / max(_energy(rows, across, along), 1e-300)
+    lost = _energy(rows - codes @ atoms, span, other) / max(_energy(rows, span, other), 1e-300)
     return Start(form, (codes * lengths).to(weight), (atoms / lengths[:, None]).to(weight), lost)
 
 
@@ -127,15 +156,15 @@ def settle(module: nn.Module, layers: Iterable[CodedLinear]) -> None:
     swap(module, {layer: layer.packed().train(layer.training) for layer in layers})
 
 
-def _damped(moment_root: Tensor | None, size: int) -> Tensor:
-    """The second moment with the lower triangular root `moment_root`, damped; the identity if None. Float64."""
-    if moment_root is None:
+def _damped(side: Tensor | None, size: int) -> Tensor:
+    """The second moment with the lower triangular root `side`, damped; the identity if None. Float64."""
+    if side is None:
         return torch.eye(size, dtype=torch.float64)
-    moment = moment_root @ moment_root.T
+    moment = side @ side.T
     moment.diagonal().add_(DAMPING * float(moment.diagonal().mean()))
     return moment
 
 
 def _energy(rows: Tensor, across: Tensor, along: Tensor) -> float:
-    """The square of `rows` in both metrics."""
-    return float(((along @ rows) * (rows @ across)).sum())
+    """The square of `rows` in the metric of both roots."""
+    return float((along.T @ rows @ across).square().sum())

@@ -6,14 +6,14 @@ DSFormer and its straight-through factorizer (Chand et al. 2023, arXiv 2312.1321
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from compress.errors import Unsuitable
 from compress.passes.base import Context, Result
-from compress.passes.metric import UNSEEN, Map, measured
+from compress.passes.metric import UNSEEN, Map, Metric, measured
 from compress.passes.taught import Taught, calibrated, lessons, require_fall, trainable
 from compress.report import Change, Skip
 
@@ -36,7 +36,10 @@ class FactorizeSparse(Taught):
     learning_rate: float = Field(default=2e-5, gt=0)
     """The largest learning rate."""
     keep: float = Field(default=0.5, gt=0, lt=1)
-    """The share of the stored bytes of each map that is left: codes, their places, and dictionary."""
+    """The share of the stored bytes of the maps that is left: codes, their places, and dictionary."""
+    shares: Literal["budget", "uniform"] = "budget"
+    """`budget`: one budget for all maps, spent where it lowers the error most. `uniform`: every map keeps the same
+    share."""
     atoms: float | None = Field(default=None, gt=0, le=4)
     """The size of a dictionary, as a share of what it spans: the smaller side of the map. None: a few sizes are tried
     on one map of each shape."""
@@ -58,12 +61,13 @@ class FactorizeSparse(Taught):
 
     def apply(self, model: Model, context: Context) -> Result:
         from compress.passes.coding import coded, settle
+        from compress.passes.plain_maps import plain_maps
 
         self.check(model)
-        weights, skips = self._choose(model)
+        weights, skips = plain_maps(model, self.scope, self.head)
         with lessons(self, model, context) as lesson:
-            starts = self._starts(model, calibrated(context, lesson), weights)
-            skips += [Skip(one.path, UNSEEN) for one in weights if one.path not in starts]
+            starts, left = self._starts(model, calibrated(context, lesson), weights)
+            skips += left
             if not starts:
                 return Result(model.module, (), tuple(skips))
             names = trainable(model, self.scope)
@@ -87,49 +91,56 @@ class FactorizeSparse(Taught):
         swap(module, new)
         return module
 
-    def _choose(self, model: Model) -> tuple[list[Weight], list[Skip]]:
-        """The maps in scope that have a form within `keep`, and why others are left alone."""
+    def _starts(
+        self, model: Model, context: Context, weights: Sequence[Weight]
+    ) -> tuple[dict[str, Start], list[Skip]]:
+        """Where those of `weights` begin that become codes, by path, and why the others do not."""
         from compress.layers.linear import matrix
-        from compress.passes.plain_maps import plain_maps
-
-        weights, skips = plain_maps(model, self.scope, self.head)
-        found = []
-        for weight in weights:
-            dense = matrix(model.module.get_submodule(weight.path))
-            if self._forms(dense):
-                found.append(weight)
-            else:
-                out, width = dense.shape
-                why = (
-                    f"no dictionary with codes for {out}x{width} fits in {100 * self.keep:.0f} % of its bytes"
-                )
-                skips.append(Skip(weight.path, why))
-        return found, skips
-
-    def _forms(self, weight: Tensor) -> list[Form]:
-        from compress.passes.coding import forms
-
-        return forms(weight, self.keep, self.atoms)
-
-    def _starts(self, model: Model, context: Context, weights: Sequence[Weight]) -> dict[str, Start]:
-        """Where those of `weights` begin that the calibration data reaches. The form is tried on one map a shape."""
-        from compress.layers.linear import matrix
-        from compress.passes.coding import best_form, start
+        from compress.passes.coding import damped, start
         from compress.progress import track
 
         maps = {one.path: Map(one, one) for one in weights}
-        metrics = measured(
-            self.method, 0.5, model, context, list(maps.values()), f"{self.use}: second moments"
-        )
-        seen = [path for path, one in maps.items() if metrics.reaches(one)]
-        chosen: dict[Size, Form] = {}
-        starts = {}
-        for path in track(context.observer, f"{self.use}: dictionaries", seen):
-            weight, metric = matrix(model.module.get_submodule(path)).cpu(), metrics.of(maps[path])
-            if weight.shape not in chosen:
-                chosen[weight.shape] = best_form(weight, self._forms(weight), metric, context.seed)
-            starts[path] = start(weight, chosen[weight.shape], metric, context.seed)
-        return starts
+        what = f"{self.use}: second moments"
+        metrics = measured(self.method, 0.5, model, context, list(maps.values()), what)
+        skips = [Skip(path, UNSEEN) for path, one in maps.items() if not metrics.reaches(one)]
+        dense = {
+            path: matrix(model.module.get_submodule(path)).cpu()
+            for path, one in maps.items()
+            if metrics.reaches(one)
+        }
+
+        def metric(path: str) -> Metric:
+            return damped(metrics.of(maps[path]), dense[path])
+
+        chosen, starts = self._forms(dense, metric, context.seed), {}
+        for path in track(context.observer, f"{self.use}: dictionaries", list(dense)):
+            if form := chosen[path]:
+                starts[path] = start(dense[path], form, metric(path), context.seed)
+            else:
+                skips.append(Skip(path, _why_dense(dense[path])))
+        return starts, skips
+
+    def _forms(
+        self, dense: Mapping[str, Tensor], metric: Callable[[str], Metric], seed: int
+    ) -> dict[str, Form | None]:
+        """The form of each map, the best on one map of each shape; None: there is none that makes it smaller."""
+        from compress.passes.coding import best_share, budget, forms, largest
+
+        kept = dict.fromkeys(dense, self.keep)
+        if self.shares == "budget" and dense:
+            kept = budget(dense, metric, self.method != "fisher", self.keep)
+        sizes: dict[Size, float] = {}
+        chosen: dict[str, Form | None] = {}
+        for path, weight in dense.items():
+            keep = kept[path]
+            offered = forms(weight, keep, self.atoms) if keep < 1 else []
+            if len(offered) > 1:
+                if weight.shape not in sizes:
+                    sizes[weight.shape] = best_share(weight, keep, metric(path), seed)
+                size = sizes[weight.shape] * largest(weight, keep) / min(weight.shape)
+                offered = forms(weight, keep, size) or offered
+            chosen[path] = offered[-1] if offered else None
+        return chosen
 
     def _teach(
         self, lesson: Lesson, module: nn.Module, names: Sequence[str], layers: Mapping[str, CodedLinear]
@@ -153,6 +164,11 @@ class FactorizeSparse(Taught):
             f"loss {before:.4g}",
             f"loss {after:.4g} ({len(names)} tensors, {self.steps} steps)",
         )
+
+
+def _why_dense(weight: Tensor) -> str:
+    out, width = weight.shape
+    return f"stays dense: no codes and dictionary for {out}x{width} are smaller and worth their share"
 
 
 def _change(path: str, layer: nn.Module, start: Start) -> Change:

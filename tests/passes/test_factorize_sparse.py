@@ -26,13 +26,15 @@ from compress.layers.coded import CodedLinear, PackedCodes, unpacked_copy
 from compress.layers.quantized import QuantizedLinear
 from compress.model import Model
 from compress.passes.base import Context
-from compress.passes.coding import Form, forms, start
+from compress.passes.coding import Form, budget, damped, forms, start
 from compress.passes.distill import Distill
 from compress.passes.factorize import Factorize
 from compress.passes.factorize_sparse import FactorizeSparse
 from compress.passes.metric import Metric
+from compress.passes.plain_maps import plain_maps
 from compress.passes.quantize import Quantize
 from compress.passes.smooth import Smooth
+from compress.passes.taught import EVERYTHING
 from compress.pipeline import Outcome, run, state_bytes
 from compress.scope import Scope
 from compress.testing import check_pass
@@ -41,7 +43,13 @@ from export.runners import OnnxRunner
 from tests.numerics.test_sparse_coding import planted
 from tests.zoo import fresh
 
-QUICK: dict[str, Any] = {"steps": 16, "keep": 0.6, "loss": "hidden"}
+QUICK: dict[str, Any] = {
+    "steps": 16,
+    "keep": 0.6,
+    "shares": "uniform",
+    "loss": "hidden",
+    "learning_rate": 2e-4,
+}
 
 
 def taught(model: Model) -> Context:
@@ -54,6 +62,10 @@ def taught(model: Model) -> Context:
 
 def coded_layers(module: nn.Module) -> dict[str, CodedLinear]:
     return {path: part for path, part in module.named_modules() if isinstance(part, CodedLinear)}
+
+
+def unweighted(weight: torch.Tensor) -> Metric:
+    return damped(Metric(None, None), weight)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +93,32 @@ def test_each_map_takes_its_share_of_bytes_and_no_more(made):
     before, after = outcome.steps[0].bytes_before, outcome.steps[0].bytes_after
     assert (before, after) == (state_bytes(model.module), state_bytes(outcome.model.module))
     assert after < 0.7 * before
+
+
+def test_one_budget_is_spent_where_it_counts():
+    """Of two maps the one whose outputs count more keeps more, and both together keep their share."""
+    torch.manual_seed(0)
+    weights = {"light": torch.randn(64, 48), "heavy": 10 * torch.randn(64, 48)}
+    kept = budget(weights, lambda path: unweighted(weights[path]), False, 0.5)
+    assert kept["light"] < 0.3 < 0.7 < kept["heavy"]
+    assert sum(kept.values()) <= 2 * 0.5
+    assert all(forms(weights[path], one) for path, one in kept.items() if one < 1)
+
+
+def test_a_budget_is_kept():
+    model = fresh("bert")
+    outcome = run(model, [FactorizeSparse(**QUICK | {"shares": "budget"})], taught(model))
+    layers = coded_layers(outcome.model.module)
+    dense = {path: one for path, one in linears(model).items() if path in layers}
+    stored = sum(one.nbytes for layer in layers.values() for one in layer.state_dict().values())
+    stored -= sum(layer.bias.nbytes for layer in layers.values())
+    total = sum(one.nbytes for one in linears(model).values())
+    assert stored + total - sum(one.nbytes for one in dense.values()) <= 0.6 * total
+
+
+def linears(model: Model) -> dict[str, torch.Tensor]:
+    weights, _ = plain_maps(model, EVERYTHING, False)
+    return {one.path: model.module.get_submodule(one.path).weight for one in weights}
 
 
 def test_bytes_and_macs_are_counted_as_they_are_stored_and_run(made):
@@ -121,7 +159,7 @@ def test_the_form_that_trains_and_the_packed_one_agree_in_float64():
     paths = ["model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"]
     module = model.module.double()
     weights = {path: module.get_submodule(path).weight.detach() for path in paths}
-    starts = {path: start(one, forms(one, 0.6)[-1], Metric(None, None), 0) for path, one in weights.items()}
+    starts = {path: start(one, forms(one, 0.6)[-1], unweighted(one), 0) for path, one in weights.items()}
     layers = coded(module, starts)
     wanted = forward(module, model.example)["logits"]
     settle(module, layers.values())
@@ -173,9 +211,7 @@ def test_the_file_is_smaller(tmp_path):
     )
     example = {"input_ids": torch.randint(3, 60, (2, 7))}
     model = Model(BertModel(config).eval(), example, "feature-extraction")
-    outcome = run(
-        model, [FactorizeSparse(steps=4, keep=0.5, loss="hidden", learning_rate=1e-5)], taught(model)
-    )
+    outcome = run(model, [FactorizeSparse(steps=4, keep=0.5, loss="hidden")], taught(model))
     _, before = exported(model, tmp_path / "dense")
     _, after = exported(outcome.model, tmp_path / "packed")
     assert after < 0.7 * before
@@ -243,7 +279,7 @@ def test_it_finds_a_union_of_subspaces_where_low_rank_does_not():
     """At equal bytes, by what the pass itself begins with."""
     weight = planted().float()
     form = Form(24, 4, 4 * (24 * 32 + 256 * 4) + 256 * 3)
-    made = start(weight, form, Metric(None, None), 0)
+    made = start(weight, form, unweighted(weight), 0)
     rank = form.bytes // (4 * (256 + 32))
     squares = torch.linalg.svdvals(weight).square()
     assert made.lost < 0.5 * float(squares[rank:].sum() / squares.sum())
@@ -260,8 +296,8 @@ def test_the_start_follows_the_metric():
     for turned in (False, True):
         one = weight.T if turned else weight
         form = forms(one, 0.5, 0.5)[0]
-        plain = start(one, form, Metric(None, None), 0)
-        aware = start(one, form, Metric(*reversed(metric)) if turned else metric, 0)
+        plain = start(one, form, unweighted(one), 0)
+        aware = start(one, form, damped(Metric(*reversed(metric)) if turned else metric, one), 0)
         errors = [(weight - made.codes @ made.atoms).square().sum(0)[:4].sum() for made in (plain, aware)]
         assert errors[1] < 0.2 * errors[0]
 
@@ -318,6 +354,8 @@ def test_it_declines_what_it_cannot_serve():
         run(quantized, [FactorizeSparse()], taught(model))
     with pytest.raises(compress.ModelpressError, match="found nothing to do"):
         run(model, [FactorizeSparse(**QUICK | {"keep": 0.01})], taught(model))
+    with pytest.raises(Unsuitable, match="`keep: 0.01` cannot be reached: the smallest ranks cost more"):
+        run(model, [FactorizeSparse(**QUICK | {"keep": 0.01, "shares": "budget"})], taught(model))
     outcome = run(model, [FactorizeSparse(**QUICK | {"keep": 0.01}, allow_empty=True)], taught(model))
     why = {skip.target: skip.why for skip in outcome.steps[0].skips}["pooler.dense"]
-    assert why == "no dictionary with codes for 40x40 fits in 1 % of its bytes"
+    assert why == "stays dense: no codes and dictionary for 40x40 are smaller and worth their share"
