@@ -41,8 +41,8 @@ class FactorizeSparse(Taught):
     """`budget`: one budget for all maps, spent where it lowers the error most. `uniform`: every map keeps the same
     share."""
     atoms: float | None = Field(default=None, gt=0, le=4)
-    """The size of a dictionary, as a share of what it spans: the smaller side of the map. None: a few sizes are tried
-    on one map of each shape."""
+    """The size of a dictionary, where the bytes suffice, as a share of what it spans: the smaller side of the map.
+    None: a few sizes are tried on one map of each shape."""
     method: Literal["fisher", "svd_llm", "svd"] = "fisher"
     """The metric of the error that training begins with, see `factorize`."""
     freeze: float = Field(default=0.2, ge=0, le=1)
@@ -133,7 +133,7 @@ class FactorizeSparse(Taught):
         chosen: dict[str, Form | None] = {}
         for path, weight in dense.items():
             keep = kept[path]
-            offered = forms(weight, keep, self.atoms) if keep < 1 else []
+            offered = forms(weight, keep, self.atoms) or forms(weight, keep) if keep < 1 else []
             if len(offered) > 1:
                 if weight.shape not in sizes:
                     sizes[weight.shape] = best_share(weight, keep, metric(path), seed)
