@@ -80,6 +80,13 @@ class Trace:
                 found.add(node)
         return frozenset(found)
 
+    def makes_weight(self, node: Node) -> bool:
+        """Whether `node` computes, from the model's own tensors, the weight of a linear map: once, in a runtime."""
+        return node in self.fixed and any(
+            (op(user) == "linear" and user.args[1] is node) or (op(user) in MOVES and self.makes_weight(user))
+            for user in readers(node)
+        )
+
     def above(self, node: Node) -> list[Node]:
         """All nodes that `node` is computed from, itself included, in order."""
         bits = self.ancestors[node]

@@ -81,9 +81,7 @@ def weighted(trace: Trace, node: Node, data: Node, weight: Node, out: int) -> Pr
         root = root.args[0]
     if root not in trace.names or len(shape(weight)) < 2 or source(data) in trace.names:
         return None
-    if (
-        data in trace.fixed and op(node) != "embedding"
-    ):  # a weight that is computed, and positions that are looked up
+    if trace.makes_weight(node):
         return None
     rows, whole = rows_of(weight, root, out)
     if rows is None:
