@@ -60,7 +60,9 @@ def served(name: str, kind: str) -> Model:
     model = build(kind)
     if name != "slice_ranks":
         return model
-    factored = run(model, [Factorize(keep=0.8, multiple=1)], Context(calibration=[model.example])).model
+    factored = run(
+        model, [Factorize(keep=0.8, ranks="uniform", multiple=1)], Context(calibration=[model.example])
+    ).model
     return replace(factored, history=())
 
 

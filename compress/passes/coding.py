@@ -12,7 +12,7 @@ from compress.errors import Unsuitable
 from compress.layers.coded import CodedLinear, LatentCodes, latent_linear
 from compress.layers.linear import matrix
 from compress.layers.quantized import swap
-from compress.numerics.low_rank import allocate, decompose, root
+from compress.numerics.low_rank import allocate, decompose
 from compress.numerics.sparse_coding import affordable, learn_dictionary, refitted_atoms, stored_bytes
 from compress.passes.metric import Metric
 
@@ -22,8 +22,6 @@ MULTIPLE = 8
 """Dictionaries have multiples of so many atoms: bits fill bytes, and kernels like them."""
 SMALLEST = 4
 """The budget is spent by ranks in multiples of this: what low rank stores with it always has room for codes, too."""
-DAMPING = 0.01
-"""Of both metrics, as a share of the mean diagonal: what the calibration data does not reach counts a little."""
 TRIED_ROUNDS, ROUNDS = 2, 4
 
 
@@ -90,10 +88,10 @@ def budget(
     return {path: one.cost(rank) / one.dense for (path, one), rank in zip(offers.items(), ranks, strict=True)}
 
 
-def damped(metric: Metric, weight: Tensor) -> Metric:
-    """`metric` of `weight` (out, in) with some of the mean of each side's diagonal added to it; no side is None."""
+def two_sided(metric: Metric, weight: Tensor) -> Metric:
+    """`metric` of `weight` (out, in), with the identity for a side that it has none of."""
     sides = zip(metric, reversed(weight.shape), strict=True)
-    return Metric(*(root(_damped(one, size)) for one, size in sides))
+    return Metric(*(torch.eye(size, dtype=torch.float64) if one is None else one for one, size in sides))
 
 
 def start(weight: Tensor, form: Form, metric: Metric, seed: int, rounds: int = ROUNDS) -> Start:
@@ -154,15 +152,6 @@ def freeze(layers: Iterable[CodedLinear]) -> None:
 def settle(module: nn.Module, layers: Iterable[CodedLinear]) -> None:
     """Put packed layers in the place of `layers`, in place."""
     swap(module, {layer: layer.packed().train(layer.training) for layer in layers})
-
-
-def _damped(side: Tensor | None, size: int) -> Tensor:
-    """The second moment with the lower triangular root `side`, damped; the identity if None. Float64."""
-    if side is None:
-        return torch.eye(size, dtype=torch.float64)
-    moment = side @ side.T
-    moment.diagonal().add_(DAMPING * float(moment.diagonal().mean()))
-    return moment
 
 
 def _energy(rows: Tensor, across: Tensor, along: Tensor) -> float:

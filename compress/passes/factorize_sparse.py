@@ -96,7 +96,7 @@ class FactorizeSparse(Taught):
     ) -> tuple[dict[str, Start], list[Skip]]:
         """Where those of `weights` begin that become codes, by path, and why the others do not."""
         from compress.layers.linear import matrix
-        from compress.passes.coding import damped, start
+        from compress.passes.coding import start, two_sided
         from compress.progress import track
 
         maps = {one.path: Map(one, one) for one in weights}
@@ -110,7 +110,7 @@ class FactorizeSparse(Taught):
         }
 
         def metric(path: str) -> Metric:
-            return damped(metrics.of(maps[path]), dense[path])
+            return two_sided(metrics.of(maps[path]), dense[path])
 
         chosen, starts = self._forms(dense, metric, context.seed), {}
         for path in track(context.observer, f"{self.use}: dictionaries", list(dense)):

@@ -26,7 +26,7 @@ from compress.layers.coded import CodedLinear, PackedCodes, unpacked_copy
 from compress.layers.quantized import QuantizedLinear
 from compress.model import Model
 from compress.passes.base import Context
-from compress.passes.coding import Form, budget, damped, forms, start
+from compress.passes.coding import Form, budget, forms, start, two_sided
 from compress.passes.distill import Distill
 from compress.passes.factorize import Factorize
 from compress.passes.factorize_sparse import FactorizeSparse
@@ -65,7 +65,7 @@ def coded_layers(module: nn.Module) -> dict[str, CodedLinear]:
 
 
 def unweighted(weight: torch.Tensor) -> Metric:
-    return damped(Metric(None, None), weight)
+    return two_sided(Metric(None, None), weight)
 
 
 @pytest.fixture(scope="module")
@@ -297,7 +297,7 @@ def test_the_start_follows_the_metric():
         one = weight.T if turned else weight
         form = forms(one, 0.5, 0.5)[0]
         plain = start(one, form, unweighted(one), 0)
-        aware = start(one, form, damped(Metric(*reversed(metric)) if turned else metric, one), 0)
+        aware = start(one, form, two_sided(Metric(*reversed(metric)) if turned else metric, one), 0)
         errors = [(weight - made.codes @ made.atoms).square().sum(0)[:4].sum() for made in (plain, aware)]
         assert errors[1] < 0.2 * errors[0]
 
