@@ -3,8 +3,9 @@
 The classifier in the folder `--model` is compressed to the share `--keep` of its linear maps: by `factorize_sparse`,
 by `factorize` with `distill`, and by `train_ranks`. All train for as many steps on the same sentences of `--data`, with
 the same losses, once for each of `--seeds`. Beside them stands `factorize` alone, which nothing trained. As Markdown:
-stored megabytes, multiply-accumulates of a batch, accuracy on the held-out sentences (the mean over seeds), and
-milliseconds of a batch in ONNX Runtime, in alternating rounds, one process each; with `--rounds 0`, without these.
+stored megabytes, multiply-accumulates of a batch, accuracy on the held-out sentences (the mean over seeds, the least
+and the most), and milliseconds of a batch in ONNX Runtime, in alternating rounds, one process each; with `--rounds 0`,
+without these.
 """
 
 from __future__ import annotations
@@ -104,8 +105,14 @@ def _row(name: str, model: compress.Model, found: Sequence[float]) -> Row:
         "variant": name,
         "MB": state_bytes(model.module) / 1e6,
         "GMACs": model.graph.macs[""] / 1e9,
-        "accuracy, %": f"{fmean(found):.2f}",
+        "accuracy, %": _spread(found),
     }
+
+
+def _spread(found: Sequence[float]) -> str:
+    """The mean, and the least and the most where they are several."""
+    ends = f" ({min(found):.2f} to {max(found):.2f})" if len(found) > 1 else ""
+    return f"{fmean(found):.2f}{ends}"
 
 
 def _source(arguments: argparse.Namespace, samples: int, label: str | None = None) -> Source:

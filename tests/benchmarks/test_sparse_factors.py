@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 import sys
 
 from benchmarks import sparse_factors
@@ -28,4 +29,8 @@ def test_each_variant_has_its_row(tmp_path, monkeypatch, capsys):
     assert [row[0] for row in rows] == ["original", "factorize", "factorize_sparse"]
     sizes = [float(row[1]) for row in rows]
     assert sizes[2] < 1.02 * sizes[1] < sizes[0]
-    assert all(0 <= float(row[3]) <= 100 for row in rows)
+    for row in rows:
+        mean, *ends = [float(one) for one in re.findall(r"[\d.]+", row[3])]
+        assert 0 <= min(ends, default=0) <= mean <= max(ends, default=100) <= 100
+    assert "to" in rows[1][3]
+    assert "to" not in rows[0][3]
