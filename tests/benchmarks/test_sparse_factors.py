@@ -9,7 +9,7 @@ import sys
 from benchmarks import sparse_factors
 from tests import tiny
 
-HEAD = ["variant", "MB", "GMACs", "accuracy, %", "ms", "speed"]
+HEAD = ["variant", "MB", "GMACs", "accuracy, %", "divergence", "ms", "speed"]
 
 
 def test_each_variant_has_its_row(tmp_path, monkeypatch, capsys):
@@ -34,3 +34,5 @@ def test_each_variant_has_its_row(tmp_path, monkeypatch, capsys):
         assert 0 <= min(ends, default=0) <= mean <= max(ends, default=100) <= 100
     assert "to" in rows[1][3]
     assert "to" not in rows[0][3]
+    assert float(rows[0][4]) == 0
+    assert all(float(row[4].split()[0]) > 0 for row in rows[1:])
