@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import re
 import sys
+from dataclasses import replace
+
+import pytest
+import torch
 
 from benchmarks import sparse_factors
 from tests import tiny
@@ -34,5 +39,17 @@ def test_each_variant_has_its_row(tmp_path, monkeypatch, capsys):
         assert 0 <= min(ends, default=0) <= mean <= max(ends, default=100) <= 100
     assert "to" in rows[1][3]
     assert "to" not in rows[0][3]
-    assert float(rows[0][4]) == 0
-    assert all(float(row[4].split()[0]) > 0 for row in rows[1:])
+    assert all(float(row[4].split()[0]) >= 0 for row in rows)
+
+
+def test_divergence_is_that_of_the_classes(tmp_path):
+    """Logits that are moved by a constant say the same; one class more likely does not."""
+    model = tiny.bert_classifier({0: "negative", 1: "positive"})
+    file = tmp_path / "sentences.tsv"
+    file.write_text("\n".join(["sentence", *tiny.sentences(8)]) + "\n", encoding="utf-8")
+    moved = {shift: replace(model, module=copy.deepcopy(model.module)) for shift in ((1.0, 1.0), (1.0, 0.0))}
+    for shift, other in moved.items():
+        other.module.classifier.bias.data += torch.tensor(shift)
+    same, leaning = (sparse_factors.divergence(model, other, file) for other in moved.values())
+    assert same == pytest.approx(0, abs=1e-6)
+    assert leaning > 0.05
