@@ -155,7 +155,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--keep", type=float, default=0.5)
     parser.add_argument("--atoms", type=float, help="of `factorize_sparse`")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--learning-rate", type=float, default=2e-5)
+    parser.add_argument("--learning-rate", type=float, default=5e-6)
     parser.add_argument("--task", type=float, default=0.5, help="what the classes count beside the teacher")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--samples", type=int, default=12800, help="sentences to train on")

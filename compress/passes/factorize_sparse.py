@@ -33,7 +33,7 @@ class FactorizeSparse(Taught):
     use: Literal["factorize_sparse"] = "factorize_sparse"
     steps: int = Field(default=400, ge=1)
     """Steps of the optimizer."""
-    learning_rate: float = Field(default=2e-5, gt=0)
+    learning_rate: float = Field(default=5e-6, gt=0)
     """The largest learning rate."""
     keep: float = Field(default=0.5, gt=0, lt=1)
     """The share of the stored bytes of the maps that is left: codes, their places, and dictionary."""
