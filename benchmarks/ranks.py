@@ -110,7 +110,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="folder of the classifier")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.66, 0.5, 0.33])
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--task", type=float, default=0.5, help="what the classes count beside the teacher")
     parser.add_argument("--dropout", choices=("model", "layer"), default="model")
     parser.add_argument("--batch", type=int, default=32)

@@ -18,6 +18,7 @@ from compress.passes.distill import Distill
 from compress.passes.drop_layers import DropLayers
 from compress.passes.expand_depth import ExpandDepth
 from compress.passes.factorize import Factorize
+from compress.passes.factorize_sparse import FactorizeSparse
 from compress.passes.fold_batch_norm import FoldBatchNorm
 from compress.passes.fuse_layers import FuseLayers
 from compress.passes.gate_attention import GateAttention
@@ -49,6 +50,7 @@ __all__ = [
     "DropLayers",
     "ExpandDepth",
     "Factorize",
+    "FactorizeSparse",
     "FoldBatchNorm",
     "FuseLayers",
     "GateAttention",

@@ -50,7 +50,7 @@ def export_graph(model: Model, *, opset: int, scheme: Scheme, cache: bool = Fals
     settings = OnnxConfig(dynamic=True, opset_version=opset)
     model = replace(model, module=plain_copy(model.module))
     try:
-        with quiet(), lowered(model.module, scheme), using_cache(model.module, cache):
+        with quiet(), bits_kept(), lowered(model.module, scheme), using_cache(model.module, cache):
             module, inputs = _traced_call(model, cache)
             exported = OnnxExporter().export(module, inputs, config=settings)
     except ModelpressError:
@@ -112,6 +112,33 @@ def _untraceable(model: Model, error: Exception) -> Unsuitable:
         f"The example holds {', '.join(model.example)}. Check that the module runs on it, that its forward keeps to "
         "tensors (no `.item()`, no Python branches on values), and that every operation has an ONNX translation.",
     )
+
+
+@contextlib.contextmanager
+def bits_kept() -> Iterator[None]:
+    """Inside the block the exporter's optimizer leaves packed bits packed (see `compress.numerics.bit_masks`).
+
+    Where they are few it would spread them to bytes, eight times as large. A runtime does that when it opens the file.
+    """
+    import onnxscript.optimizer
+
+    optimize = onnxscript.optimizer.optimize_ir
+
+    def patched(model: ir.Model, *args: Any, **kwargs: Any) -> Any:
+        own = kwargs.pop("should_fold", None)
+
+        def should_fold(node: ir.Node) -> bool | None:
+            if node.op_type == "BitwiseAnd":
+                return False
+            return None if own is None else own(node)
+
+        return optimize(model, *args, should_fold=should_fold, **kwargs)
+
+    onnxscript.optimizer.optimize_ir = patched
+    try:
+        yield
+    finally:
+        onnxscript.optimizer.optimize_ir = optimize
 
 
 @contextlib.contextmanager

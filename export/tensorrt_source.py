@@ -7,7 +7,7 @@ for.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +15,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from compress.layers.coded import unpacked_copy
 from compress.layers.products import Products
 from compress.layers.quantized import QuantizedWeight, is_quantized
 from compress.model import Inputs, Model
@@ -52,7 +53,9 @@ def write_source(
     does not fit the graph, and `Unproved` if the graph does not compute what the module does.
     """
     with task(observer, "Exporting to ONNX"):
-        graph = export_graph(model, opset=OPSET, scheme="symmetric").program
+        # Its parser has no operators for bits, and an engine holds what they unpack to anyway.
+        plain = replace(model, module=unpacked_copy(model.module))
+        graph = export_graph(plain, opset=OPSET, scheme="symmetric").program
         rewrites = lower_tensorrt(graph)
         inputs, outputs = specs(graph.graph.inputs), specs(graph.graph.outputs)
         require_shapes(shapes, dynamic_dimensions(inputs))

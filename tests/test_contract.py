@@ -29,6 +29,7 @@ CASES = {
     "gate_attention": ["bert", "gpt2", "llama", "vit"],
     "clip_softmax": ["bert"],
     "train_ranks": ["bert", "gpt2", "vit"],
+    "factorize_sparse": ["bert", "gpt2", "vit", "t5"],
     "slice_ranks": ["bert", "gpt2", "t5"],
     "sparsify": ["bert", "gpt2", "llama", "vit", "resnet", "t5"],
     "smooth": ["llama", "gpt2", "vit", "qwen3"],
@@ -48,6 +49,7 @@ SETTINGS = {
     "fuse_layers": {"remove": 1, "steps": 4, "learning_rate": 1e-3},
     "progressive_batch_norm": {"steps": 8, "learning_rate": 1e-3},
     "train_ranks": {"steps": 16, "multiple": 1},
+    "factorize_sparse": {"steps": 16, "keep": 0.6},
     "slice_ranks": {"keep": 0.3, "multiple": 1},
 }
 """Where there are no defaults, or they would take long."""
@@ -58,7 +60,9 @@ def served(name: str, kind: str) -> Model:
     model = build(kind)
     if name != "slice_ranks":
         return model
-    factored = run(model, [Factorize(keep=0.8, multiple=1)], Context(calibration=[model.example])).model
+    factored = run(
+        model, [Factorize(keep=0.8, ranks="uniform", multiple=1)], Context(calibration=[model.example])
+    ).model
     return replace(factored, history=())
 
 

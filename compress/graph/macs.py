@@ -12,8 +12,13 @@ from compress.graph.weights import Product
 
 
 def count_macs(trace: Trace) -> dict[Node, int]:
-    """Multiply-accumulates of each op that has any, for the example inputs. Element-wise work is not counted."""
-    counted = {node: macs(node) for node in trace.nodes if node.op == "call_function"}
+    """Multiply-accumulates of each op that has any, for the example inputs. Element-wise work is not counted, nor are
+    products that make a weight, which a runtime computes once."""
+    counted = {
+        node: macs(node)
+        for node in trace.nodes
+        if node.op == "call_function" and not trace.makes_weight(node)
+    }
     return {node: number for node, number in counted.items() if number}
 
 

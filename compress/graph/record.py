@@ -30,6 +30,8 @@ class Trace:
     names: Mapping[Node, str]
     values: Mapping[Node, Any]
     """The tensors behind the nodes that are no ops: parameters, buffers, constants and example inputs."""
+    given: frozenset[Node]
+    """The nodes of example inputs."""
     overwritten: frozenset[Node]
     """Nodes that another op writes into while others still read them: what they hold is not what they made."""
 
@@ -67,6 +69,23 @@ class Trace:
     def depends(self, node: Node, on: Node) -> bool:
         """Whether `node` is computed from `on`, or is it."""
         return bool(self.ancestors[node] >> self.index[on] & 1)
+
+    @cached_property
+    def fixed(self) -> frozenset[Node]:
+        """The nodes that are computed from the model's own tensors alone: the same in every run."""
+        found: set[Node] = set()
+        for node in self.nodes:
+            own = node.op == "placeholder" and node not in self.given
+            if own or (node.all_input_nodes and found.issuperset(node.all_input_nodes)):
+                found.add(node)
+        return frozenset(found)
+
+    def makes_weight(self, node: Node) -> bool:
+        """Whether `node` computes, from the model's own tensors, the weight of a linear map: once, in a runtime."""
+        return node in self.fixed and any(
+            (op(user) == "linear" and user.args[1] is node) or (op(user) in MOVES and self.makes_weight(user))
+            for user in readers(node)
+        )
 
     def above(self, node: Node) -> list[Node]:
         """All nodes that `node` is computed from, itself included, in order."""
@@ -148,6 +167,7 @@ def from_program(module: nn.Module, program: ExportedProgram) -> Trace:
     return Trace(
         module=module,
         nodes=drop_dead(program.graph),
+        given=frozenset(placeholders[name] for name in users if name in placeholders),
         overwritten=overwritten,
         names={placeholders[name]: key for name, key in named.items()},
         values=values,

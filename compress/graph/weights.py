@@ -81,6 +81,8 @@ def weighted(trace: Trace, node: Node, data: Node, weight: Node, out: int) -> Pr
         root = root.args[0]
     if root not in trace.names or len(shape(weight)) < 2 or source(data) in trace.names:
         return None
+    if trace.makes_weight(node):
+        return None
     rows, whole = rows_of(weight, root, out)
     if rows is None:
         return None

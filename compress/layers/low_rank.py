@@ -15,8 +15,8 @@ class LowRankLinear(nn.Module):
     def __init__(self, expand: Tensor, reduce: Tensor, bias: Tensor | None) -> None:
         """From factors (out, rank) and (rank, in)."""
         super().__init__()
-        self.reduce = _linear(reduce, None)
-        self.expand = _linear(expand, bias)
+        self.reduce = plain_linear(reduce, None)
+        self.expand = plain_linear(expand, bias)
 
     @property
     def weight(self) -> Tensor:
@@ -44,7 +44,7 @@ class LowRankLinear(nn.Module):
 
     def dense(self) -> nn.Linear:
         """The product as one linear map."""
-        return _linear(self.weight, self.bias)
+        return plain_linear(self.weight, self.bias)
 
 
 class OrderedLowRank(LowRankLinear):
@@ -59,7 +59,8 @@ class OrderedLowRank(LowRankLinear):
         return nn.functional.linear(narrow, self.expand.weight[:, : self.active], self.expand.bias)
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear map with the values of `weight` (out, in) and `bias` (out,)."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     layer.weight = nn.Parameter(weight.detach().contiguous())
     if bias is not None:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-DAMPING = 1e-6
-"""Added to the diagonal of a second moment, as a share of its mean; ten times as much as often as needed."""
+ROUNDING = 1e-6
+"""Added to the diagonal of a second moment, as a share of its mean, so that it has a root."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,11 @@ class Spectrum:
         return Offer((len(self.expand), self.reduce.shape[1]), errors, cost)
 
 
-def root(moment: Tensor) -> Tensor:
-    """A lower triangular L with L Lᵀ = `moment` (n, n), which is damped. Raises `ValueError` if it is zero."""
+def root(moment: Tensor, damping: float = ROUNDING) -> Tensor:
+    """A lower triangular L with L Lᵀ = `moment` (n, n), to whose diagonal the share `damping` of its mean is added, and
+    ten times as much as often as needed. Float64. Raises `ValueError` if it is zero."""
     moment = moment.double()
-    damping = DAMPING * float(moment.diagonal().mean())
+    damping = damping * float(moment.diagonal().mean())
     if not damping > 0:
         raise ValueError("the second moment is zero")
     while True:

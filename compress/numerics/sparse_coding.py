@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from compress.numerics.bit_masks import packed_width
+
 CHUNK = 128
 """Rows at a time: what matching pursuit remembers of them stays in the caches."""
 ROUNDS = 8
@@ -81,6 +83,18 @@ def fitted(matches: Tensor, gram: Tensor, support: Tensor) -> Tensor:
     return matches.new_zeros(rows, size).scatter(1, picked, solved)
 
 
+def stored_bytes(rows: int, side: int, size: int, count: int, item: int) -> int:
+    """What codes (rows, size) of `count` non-zeros and a dictionary (size, side) take: numbers of `item` bytes, and
+    a bit for each place of a code."""
+    return item * (rows * count + size * side) + rows * packed_width(size)
+
+
+def affordable(rows: int, side: int, size: int, budget: float, item: int) -> int:
+    """The most non-zeros a row that `stored_bytes` of at most `budget` buy beside a dictionary of `size`; 0: none."""
+    left = budget - stored_bytes(rows, side, size, 0, item)
+    return max(0, min(size, int(left // (item * rows))))
+
+
 def learn_dictionary(
     rows: Tensor, size: int, count: int, generator: Generator, rounds: int = ROUNDS
 ) -> Coded:
@@ -99,6 +113,15 @@ def learn_dictionary(
         atoms = _unit(_refitted(rows, codes, atoms, made))
     assert best is not None
     return best
+
+
+def refitted_atoms(rows: Tensor, codes: Tensor, atoms: Tensor, moment: Tensor) -> Tensor:
+    """The dictionary (atoms, width) that goes best with `codes`, where errors E of `rows` (rows, width) count as
+    trace(Eᵀ `moment` E), `moment` being (rows, rows). Atoms that no code uses stay as they are."""
+    seen = moment @ codes
+    system = codes.T @ seen
+    system.diagonal().add_(1e-8 * float(system.diagonal().mean().clamp(min=1e-30)))
+    return atoms + torch.linalg.solve(system, seen.T @ (rows - codes @ atoms))
 
 
 def _refitted(rows: Tensor, codes: Tensor, atoms: Tensor, made: Tensor) -> Tensor:

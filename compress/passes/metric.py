@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from compress.passes.moments import Moments
 
 Method = Literal["fisher", "svd_llm", "asvd", "svd"]
+DAMPING = 0.01
+"""Added to the diagonal of each second moment, as a share of its mean. Calibration data never shows all that a model
+will read: a direction that it does not show would cost nothing, and be given up first."""
 UNSEEN = "reads or moves nothing in the calibration data"
 
 
@@ -59,7 +62,7 @@ class Metrics:
 
         if self._input[0] != one.reads.reads:
             self._input = (one.reads.reads, self._input_root(one.reads.reads))
-        outputs = root(self.sums.gradients[one.writes.path]) if self.method == "fisher" else None
+        outputs = root(self.sums.gradients[one.writes.path], DAMPING) if self.method == "fisher" else None
         return Metric(self._input[1], outputs)
 
     def _input_root(self, reads: str) -> Tensor | None:
@@ -70,7 +73,7 @@ class Metrics:
         if self.method == "asvd":
             magnitudes = self.sums.magnitudes(reads)
             return magnitudes.clamp(min=1e-6 * float(magnitudes.mean())).pow(self.alpha).diag()
-        return root(self.sums.mean(reads))
+        return root(self.sums.mean(reads), DAMPING)
 
 
 def measured(

@@ -32,7 +32,7 @@ def plain_maps(
 
     `head` is a setting of the pass that asks, which the reason names. `refuse` says why a layer will not do, or "".
     """
-    found, skips = [], []
+    found, skips = [], sparse_codes(model, scope)
     for weight in model.graph.weights:
         if weight.path in scope:
             why = _by_role(weight, head) or refuse(model.module.get_submodule(weight.path))
@@ -40,6 +40,20 @@ def plain_maps(
             skips += [Skip(weight.path, why)] if why else []
             found += [] if why else [weight]
     return found, skips
+
+
+def sparse_codes(model: Model, scope: Scope) -> list[Skip]:
+    """The sparse codes of `factorize_sparse` in `scope`, which have no other form. (Their dictionaries are plain.)"""
+    from compress.layers.coded import Codes
+
+    return [
+        Skip(
+            path,
+            "sparse codes, stored as their non-zeros and a bit for each place; another form would be larger",
+        )
+        for path, part in model.module.named_modules()
+        if isinstance(part, Codes) and path in scope
+    ]
 
 
 def thin_maps(model: Model, scope: Scope, head: bool, multiple: int) -> tuple[list[Weight], list[Skip]]:

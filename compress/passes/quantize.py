@@ -101,7 +101,9 @@ class Quantize(Pass):
 
     def _choose(self, model: Model) -> tuple[list[Weight], list[Skip]]:
         """The weighted modules to quantize, and those in scope that stay in float."""
-        chosen, skips = [], []
+        from compress.passes.plain_maps import sparse_codes
+
+        chosen, skips = [], sparse_codes(model, self.scope)
         for weight in model.graph.weights:
             if weight.path in self.scope:
                 why = self._reason_to_skip(model, weight)

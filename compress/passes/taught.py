@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from compress.data import spread
+from compress.data import spread, without_labels
 from compress.errors import Unproved, Unsuitable
 from compress.passes.base import Context, Needs, Pass
 from compress.report import Change, Effect, Skip
@@ -27,6 +27,8 @@ AGREED = 1e-8
 """A loss below this is rounding: there is nothing to learn from the teacher."""
 MEASURED = 8
 """So many of the batches, evenly spread, say what the loss was before and is after."""
+SEEN = 64
+"""Without calibration data, so many of the training batches, evenly spread, say what the loss depends on."""
 
 
 class Taught(Training, Pass):
@@ -112,6 +114,14 @@ def lessons(settings: Taught, model: Model, context: Context) -> Iterator[Lesson
     with require_teacher(context, settings.use).on(context.device) as teacher:
         kind, loss = objective(settings, model, teacher)
         yield Lesson(settings, context, batches, kind, loss)
+
+
+def calibrated(context: Context, lesson: Lesson) -> Context:
+    """`context` with calibration data: some of the training batches, without their labels, if it has none."""
+    if context.calibration is not None:
+        return context
+    seen = [without_labels(batch) for batch in spread(lesson.batches, SEEN)]
+    return replace(context, calibration=seen)
 
 
 def require_fall(use: str, before: float, after: float) -> None:

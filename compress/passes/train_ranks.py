@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from compress.data import spread, without_labels
 from compress.errors import Unsuitable
 from compress.passes.base import Context, Result
 from compress.passes.metric import UNSEEN, spectra_of
-from compress.passes.taught import Taught, lessons, require_fall, trainable
+from compress.passes.taught import Taught, calibrated, lessons, require_fall, trainable
 from compress.report import Change, Skip
 
 if TYPE_CHECKING:
@@ -28,9 +27,6 @@ if TYPE_CHECKING:
     from compress.model import Model
     from compress.numerics.low_rank import Spectrum
     from compress.passes.taught import Lesson
-
-SEEN = 64
-"""Without calibration data, so many of the training batches, evenly spread, say what the loss depends on."""
 
 
 class TrainRanks(Taught):
@@ -75,7 +71,7 @@ class TrainRanks(Taught):
         self.check(model)
         weights, skips = thin_maps(model, self.scope, self.head, self.multiple)
         with lessons(self, model, context) as lesson:
-            context = _calibrated(context, lesson)
+            context = calibrated(context, lesson)
             spectra = spectra_of(self.method, 0.5, model, context, weights, self.use)
             skips += [Skip(one.path, UNSEEN) for one in weights if one.path not in spectra]
             if not spectra:
@@ -132,14 +128,6 @@ class TrainRanks(Taught):
             f"loss at {sizes} of the parameters: {_listed(before)}",
             f"{_listed(after)} ({len(names)} tensors, {self.steps} steps)",
         )
-
-
-def _calibrated(context: Context, lesson: Lesson) -> Context:
-    """`context` with calibration data: some of the training batches, without their labels, if it has none."""
-    if context.calibration is not None:
-        return context
-    seen = [without_labels(batch) for batch in spread(lesson.batches, SEEN)]
-    return replace(context, calibration=seen)
 
 
 def _left(path: str, layer: LowRankLinear) -> Change:

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.numerics.sparse_coding import fitted, learn_dictionary, pursue
+from compress.numerics.sparse_coding import (
+    affordable,
+    fitted,
+    learn_dictionary,
+    pursue,
+    refitted_atoms,
+    stored_bytes,
+)
 
 
 def seeded() -> torch.Generator:
@@ -75,3 +82,32 @@ def test_rounds_pay_and_repeat():
     assert many.error < 0.7 * one.error
     assert torch.equal(many.codes, again.codes)
     assert float((rows - many.codes @ many.atoms).square().sum()) == pytest.approx(many.error)
+
+
+def test_a_budget_buys_as_many_non_zeros_as_fit():
+    assert stored_bytes(1536, 384, 192, 138, 4) == 4 * (1536 * 138 + 192 * 384) + 1536 * 24
+    half = 0.5 * 4 * 1536 * 384
+    assert affordable(1536, 384, 192, half, 4) == 138
+    assert stored_bytes(1536, 384, 192, 138, 4) <= half < stored_bytes(1536, 384, 192, 139, 4)
+    assert affordable(1536, 384, 16, half, 4) == 16  # never more than there are atoms
+    assert affordable(384, 384, 192, 0.5 * 4 * 384 * 384, 4) == 0  # the dictionary takes it all
+    assert (
+        affordable(384, 384, 128, 0.5 * 2 * 384 * 384, 2) == 56
+    )  # the bits count twice as much beside half the floats
+
+
+def test_the_refitted_dictionary_is_the_best_in_the_metric_of_the_rows():
+    generator = seeded()
+    rows = torch.randn(30, 9, generator=generator, dtype=torch.float64)
+    atoms = torch.randn(7, 9, generator=generator, dtype=torch.float64)
+    codes = pursue(rows, atoms, 3)
+    root = torch.randn(30, 30, generator=generator, dtype=torch.float64)
+    refitted = refitted_atoms(rows, codes, atoms, root @ root.T)
+    wanted = torch.linalg.lstsq(root.T @ codes, root.T @ rows).solution
+    torch.testing.assert_close(refitted, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_an_atom_that_no_code_uses_stays():
+    rows, atoms = torch.eye(4, 5, dtype=torch.float64), torch.eye(3, 5, dtype=torch.float64)
+    codes = torch.tensor([[1.0, 0, 0]] * 4, dtype=torch.float64)
+    assert torch.equal(refitted_atoms(rows, codes, atoms, torch.eye(4, dtype=torch.float64))[1:], atoms[1:])
