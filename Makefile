@@ -28,12 +28,19 @@ format: .venv/installed-dev  ## put the code into its canonical form
 docs: .venv/installed-docs  ## build the documentation, strictly, into build/site
 	$(BIN)/mkdocs build --quiet --strict --site-dir $(OUT)/site
 
-bench: .venv/installed-bench  ## all tables of docs/benchmarks.md, from the folders DATA, LANGUAGE_MODEL and VISION_MODEL
+bench: .venv/installed-bench  ## all tables of docs/benchmarks.md (hours), from the folders DATA, LANGUAGE_MODEL, VISION_MODEL and CLASSIFIER
 	$(BIN)/python -m benchmarks minilm --data "$(DATA)" --out $(OUT)/bench
 	$(BIN)/python -m benchmarks language --data "$(DATA)" --model "$(LANGUAGE_MODEL)" --out $(OUT)/bench
 	$(BIN)/python -m benchmarks vision --data "$(DATA)" --model "$(VISION_MODEL)" --out $(OUT)/bench
 	$(BIN)/python -m benchmarks.token_shapes --out $(OUT)/bench/token_shapes.json
 	$(BIN)/python -m benchmarks.folded
+	$(BIN)/python -m benchmarks.norm_free measure --data "$(DATA)" --model "$(VISION_MODEL)"
+	$(BIN)/python -m benchmarks.grouped --data "$(DATA)" --model "$(LANGUAGE_MODEL)" --out $(OUT)/bench/grouped
+	$(BIN)/python -m benchmarks.ranks --data "$(DATA)" --model "$(CLASSIFIER)"
+	$(BIN)/python -m benchmarks.sparse_factors --data "$(DATA)" --model "$(CLASSIFIER)"
+	$(BIN)/python -m benchmarks.sparse quality --data "$(DATA)" --model "$(LANGUAGE_MODEL)"
+	$(BIN)/python -m benchmarks.sparse speed --data "$(DATA)" --model "$(LANGUAGE_MODEL)"
+	$(BIN)/python -m benchmarks.streamed --threads 1 --out $(OUT)/bench
 	$(BIN)/python -m benchmarks.memory
 
 clean:  ## remove everything that these targets made

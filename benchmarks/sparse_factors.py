@@ -23,14 +23,13 @@ import torch
 from torch.nn.functional import kl_div
 
 import compress
-from benchmarks.exported import Row, Run, add_timing, markdown, times
+from benchmarks.exported import Row, Run, add_timing, markdown, sizes, times
 from benchmarks.ranks import CALIBRATED_ON, TEST, TRAINING
 from compress.console import hush, progress
 from compress.data import Source, batches
 from compress.evaluate import Evaluation, evaluate
 from compress.labels import labelled_batches
 from compress.passes.base import Pass
-from compress.pipeline import state_bytes
 from compress.progress import Observer
 
 EVERY = 10**9
@@ -122,8 +121,7 @@ def divergence(reference: compress.Model, model: compress.Model, file: Path) -> 
 def _row(name: str, model: compress.Model, found: Sequence[float], moved: Sequence[float]) -> Row:
     return {
         "variant": name,
-        "MB": state_bytes(model.module) / 1e6,
-        "GMACs": model.graph.macs[""] / 1e9,
+        **sizes(model),
         "accuracy, %": _spread(found, 2),
         "divergence": _spread(moved, 4),
     }

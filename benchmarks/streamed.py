@@ -45,10 +45,9 @@ SIZES = {
     "0.3B": Size(24, 1024, 2816, 16, 16, 32000),
     "1.1B": Size(22, 2048, 5632, 32, 4, 32000),
     "1.2B": Size(8, 3072, 8192, 24, 8, 128256),
-    "2.2B": Size(18, 3072, 8192, 24, 8, 128256),
     "3.2B": Size(28, 3072, 8192, 24, 8, 128256),
 }
-"""The first three differ only in the number of blocks, and so do the last three."""
+"""The first three differ only in the number of blocks, and so do the last two."""
 
 
 @dataclass(frozen=True)

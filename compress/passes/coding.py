@@ -149,6 +149,16 @@ def freeze(layers: Iterable[CodedLinear]) -> None:
         layer.codes.freeze()
 
 
+def take_back(module: nn.Module, begun: Mapping[str, Tensor], layers: Iterable[CodedLinear]) -> None:
+    """Give the parameters of `module` the values that they began with, and free the places of codes again."""
+    with torch.no_grad():
+        for name, values in begun.items():
+            module.get_parameter(name).copy_(values)
+    for layer in layers:
+        assert isinstance(layer.codes, LatentCodes)
+        layer.codes.kept = None
+
+
 def settle(module: nn.Module, layers: Iterable[CodedLinear]) -> None:
     """Put packed layers in the place of `layers`, in place."""
     swap(module, {layer: layer.packed().train(layer.training) for layer in layers})

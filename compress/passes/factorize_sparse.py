@@ -14,7 +14,7 @@ from pydantic import Field
 from compress.errors import Unsuitable
 from compress.passes.base import Context, Result
 from compress.passes.metric import UNSEEN, Map, Metric, measured
-from compress.passes.taught import Taught, calibrated, lessons, require_fall, trainable
+from compress.passes.taught import Taught, calibrated, lessons, trainable
 from compress.report import Change, Skip
 
 if TYPE_CHECKING:
@@ -73,8 +73,10 @@ class FactorizeSparse(Taught):
             names = trainable(model, self.scope)
             changes = [_change(path, model.module.get_submodule(path), one) for path, one in starts.items()]
             layers = coded(model.module, starts)
-            changes.append(self._teach(lesson, model.module, names, layers))
+            trained = self._teach(lesson, model.module, names, layers)
         settle(model.module, layers.values())
+        changes += [trained] if isinstance(trained, Change) else []
+        skips += [trained] if isinstance(trained, Skip) else []
         record = {path: [one.form.atoms, one.form.count] for path, one in starts.items()}
         return Result(model.module, tuple(changes), tuple(skips), {"codes": record})
 
@@ -144,8 +146,9 @@ class FactorizeSparse(Taught):
 
     def _teach(
         self, lesson: Lesson, module: nn.Module, names: Sequence[str], layers: Mapping[str, CodedLinear]
-    ) -> Change:
-        from compress.passes.coding import freeze, renamed
+    ) -> Change | Skip:
+        """What training did; where it did not lower the loss, it is taken back."""
+        from compress.passes.coding import freeze, renamed, take_back
 
         before = lesson.mean_loss(module)
         frozen = self.steps - round(self.freeze * self.steps)
@@ -155,9 +158,16 @@ class FactorizeSparse(Taught):
                 freeze(layers.values())
 
         names = lesson.reached(module, renamed(names, layers))
+        begun = {name: module.get_parameter(name).detach().clone() for name in names}
         lesson.learn(module, names, prepare)
         after = lesson.mean_loss(module)
-        require_fall(self.use, before, after)
+        if not after < before:
+            take_back(module, begun, layers.values())
+            return Skip(
+                "the model",
+                f"it is as codes and dictionaries began: {self.steps} steps of training did not lower the loss, "
+                f"{before:.4g} before and {after:.4g} after. A lower rate, more steps or more data may",
+            )
         return Change(
             "the model",
             f"trained on {lesson.kind}, codes straight through",

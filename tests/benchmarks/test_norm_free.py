@@ -51,7 +51,14 @@ def _pack(file: Path, images: np.ndarray) -> None:
 
 
 def settings(folder: Path, **more: object) -> argparse.Namespace:
-    given = {"steps": 6, "batch": 8, "task": 0.5, "learning_rate": 1e-3, "precision": "float32", "keep_norms": False}
+    given = {
+        "steps": 6,
+        "batch": 8,
+        "task": 0.5,
+        "learning_rate": 1e-3,
+        "precision": "float32",
+        "keep_norms": False,
+    }
     paths = {"data": folder, "model": folder / "model", "made": folder / "made"}
     return argparse.Namespace(**{**given, **paths, "device": "cpu", **more})
 

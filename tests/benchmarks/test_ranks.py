@@ -15,8 +15,9 @@ def test_each_size_stands_beside_truncation(tmp_path, monkeypatch, capsys):
         lines = [f"{text}\t{number % 2}" for number, text in enumerate(tiny.sentences(64))]
         with gzip.open(tmp_path / name, "wt", encoding="utf-8") as file:
             file.write("\n".join(["sentence\tlabel", *lines]) + "\n")
-    given = f"--data {tmp_path} --model {folder} --steps 32 --learning-rate 1e-3 --batch 16 --samples 64 --rounds 1 --calls 1"
-    monkeypatch.setattr(sys, "argv", ["ranks", *given.split(), "--keep", "0.7", "0.5"])
+    given = f"--data {tmp_path} --model {folder} --steps 32 --learning-rate 1e-3 --batch 16 --samples 64"
+    more = "--rounds 1 --calls 1 --keep 0.7 0.5"
+    monkeypatch.setattr(sys, "argv", ["ranks", *given.split(), *more.split()])
     assert ranks.main() == 0
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines()[3:]]
     assert [row[2].strip() for row in rows] == [

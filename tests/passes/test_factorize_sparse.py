@@ -343,6 +343,20 @@ def test_places_freeze_in_the_last_steps(monkeypatch):
     assert seen == 3 * [len(seen) and seen[0]]
 
 
+def test_training_that_makes_it_worse_is_taken_back():
+    model = fresh("bert")
+    worse, untouched = (
+        run(model, [FactorizeSparse(**QUICK | {"learning_rate": rate})], taught(model))
+        for rate in (0.1, 1e-30)
+    )
+    assert [one.what for one in worse.steps[0].changes].count("sparsely factorized") == len(
+        worse.steps[0].changes
+    )
+    assert "did not lower the loss" in worse.steps[0].skips[-1].why
+    found, wanted = (one.model.module.state_dict() for one in (worse, untouched))
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
 def test_it_declines_what_it_cannot_serve():
     model = fresh("bert")
     with pytest.raises(DataError, match="needs training data"):
