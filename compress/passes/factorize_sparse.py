@@ -182,15 +182,19 @@ def _why_dense(weight: Tensor) -> str:
 
 
 def _change(path: str, layer: nn.Module, start: Start) -> Change:
+    from compress.layers.coded import thinner
     from compress.layers.linear import matrix
 
     weight, form = matrix(layer), start.form
     out, width = weight.shape
     share = form.bytes / (weight.numel() * weight.element_size())
+    rows, side = max(out, width), min(out, width)
+    work = form.atoms * (rows + side) / weight.numel() if thinner(rows, side, form.atoms) else 1
     return Change(
         path,
         "sparsely factorized",
         f"{type(layer).__name__} {out}x{width}",
         f"{form.atoms} atoms, {form.count} non-zeros a code, {100 * share:.0f} % of the bytes, "
+        f"{100 * work:.0f} % of the multiply-accumulates, "
         f"{100 * start.lost:.2g} % of the squared error of leaving it out",
     )

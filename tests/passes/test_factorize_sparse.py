@@ -127,11 +127,13 @@ def test_bytes_and_macs_are_counted_as_they_are_stored_and_run(made):
     assert tree.bytes == sum(
         one.nbytes for one in (*outcome.model.module.parameters(), *outcome.model.module.buffers())
     )
+    told = {change.target: change.after for change in outcome.steps[0].changes}
     for path, layer in coded_layers(outcome.model.module).items():
         rows, atoms = layer.codes.matrix().shape
         side = min(layer.weight.shape)
         macs, dense = outcome.model.graph.macs[path], model.graph.macs[path]
         assert macs * rows * side == dense * (atoms * (rows + side) if layer.apart else rows * side)
+        assert f"{100 * macs / dense:.0f} % of the multiply-accumulates" in told[path]
     assert outcome.model.graph.macs[""] < model.graph.macs[""]
 
 
