@@ -47,6 +47,13 @@ class Run:
         first = variants[0].name
         return measure(variants, self.rounds, self.calls, first, threads=self.threads, observer=self.observer)
 
+    def with_times(self, rows: Sequence[Row], variants: Sequence[Variant]) -> list[Row]:
+        """`rows` with the times of their `variants`, one each; without variants as they are."""
+        if not variants:
+            return list(rows)
+        timings = self.timed(variants)
+        return [row | times(timings, one.name) for row, one in zip(rows, variants, strict=True)]
+
 
 def add_timing(parser: argparse.ArgumentParser, calls: int) -> None:
     """Give `parser` what a `Run` is told of timing; `calls` is the default."""

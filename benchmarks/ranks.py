@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import compress
-from benchmarks.exported import Row, Run, add_timing, markdown, sizes, times
+from benchmarks.exported import Row, Run, add_timing, markdown, sizes
 from compress.console import hush, progress
 from compress.data import Source, batches
 from compress.evaluate import Evaluation, evaluate
@@ -44,19 +44,16 @@ def main() -> int:
 
 def _rows(arguments: argparse.Namespace, run: Run) -> list[Row]:
     model = compress.load_model(arguments.model, task="text-classification")
-    inputs = next(iter(batches(_source(arguments, arguments.timed), model)))
+    inputs = next(iter(batches(source(arguments, arguments.timed), model)))
     rows: list[Row] = []
     variants = []
     for keep, name, made in _variants(model, arguments, run.observer):
-        score = evaluate(made.module, _evaluation(arguments.data), made).value
+        score = evaluate(made.module, evaluation(arguments.data), made).value
         row: Row = {"kept, %": f"{100 * keep:.0f}", "": name, **sizes(made), "accuracy, %": f"{score:.2f}"}
         print(row, file=sys.stderr, flush=True)
         rows.append(row)
         variants += [run.written(f"{name} {keep}", made, inputs)] if run.rounds else []
-    if not variants:
-        return rows
-    timings = run.timed(variants)
-    return [row | times(timings, one.name) for row, one in zip(rows, variants, strict=True)]
+    return run.with_times(rows, variants)
 
 
 def _variants(
@@ -64,8 +61,8 @@ def _variants(
 ) -> Iterator[tuple[float, str, compress.Model]]:
     """The share that is kept, the name, and the model of each row."""
     yield 1.0, "original", model
-    calibration = batches(_source(arguments, CALIBRATED_ON), model)
-    training = labelled_batches(_source(arguments, arguments.samples, "label"), model)
+    calibration = batches(source(arguments, CALIBRATED_ON), model)
+    training = labelled_batches(source(arguments, arguments.samples, "label"), model)
     settings = compress.TrainRanks(
         steps=arguments.steps,
         learning_rate=arguments.learning_rate,
@@ -95,12 +92,14 @@ def _variants(
             yield keep, name, compress.apply(model, passes, calibration=calibration).model
 
 
-def _source(arguments: argparse.Namespace, samples: int, label: str | None = None) -> Source:
+def source(arguments: argparse.Namespace, samples: int, label: str | None = None) -> Source:
+    """So many of the training sentences of `arguments.data`, in batches of `arguments.batch`."""
     file = arguments.data / TRAINING
     return Source(tsv=file, column="sentence", label=label, samples=samples, batch_size=arguments.batch)
 
 
-def _evaluation(data: Path) -> Evaluation:
+def evaluation(data: Path) -> Evaluation:
+    """Accuracy on the held-out sentences in the folder `data`."""
     return Evaluation(tsv=data / TEST, column="sentence", label="label", metric="accuracy", batch_size=64)
 
 

@@ -80,7 +80,7 @@ def quality(model: compress.Model, arguments: argparse.Namespace, observer: Obse
 def speed(model: compress.Model, arguments: argparse.Namespace, observer: Observer) -> str:
     """One row for the model and for each form of zeros, by `sparsegpt`: bytes of the artifact, and time."""
     from benchmarks.builds import model_bytes
-    from benchmarks.exported import Run, times
+    from benchmarks.exported import Run
     from benchmarks.exported import markdown as exported_markdown
 
     calibration = batches(_source(arguments, arguments.calibration), model)
@@ -94,8 +94,7 @@ def speed(model: compress.Model, arguments: argparse.Namespace, observer: Observ
             made = compress.apply(model, passes, calibration=calibration).model if passes else model
             variants.append(run.written(name, made, inputs))
             rows.append({"variant": name, "MB": model_bytes(run.scratch / name) / 1e6})
-        timings = run.timed(variants)
-        return exported_markdown([row | times(timings, str(row["variant"])) for row in rows])
+        return exported_markdown(run.with_times(rows, variants))
 
 
 def markdown(head: Row, rows: Sequence[Row]) -> str:

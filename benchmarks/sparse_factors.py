@@ -23,11 +23,11 @@ import torch
 from torch.nn.functional import kl_div
 
 import compress
-from benchmarks.exported import Row, Run, add_timing, markdown, sizes, times
-from benchmarks.ranks import CALIBRATED_ON, TEST, TRAINING
+from benchmarks.exported import Row, Run, add_timing, markdown, sizes
+from benchmarks.ranks import CALIBRATED_ON, TEST, TRAINING, evaluation, source
 from compress.console import hush, progress
 from compress.data import Source, batches
-from compress.evaluate import Evaluation, evaluate
+from compress.evaluate import evaluate
 from compress.labels import labelled_batches
 from compress.passes.base import Pass
 from compress.progress import Observer
@@ -47,18 +47,17 @@ def main() -> int:
 
 def _rows(arguments: argparse.Namespace, run: Run, observer: Observer) -> list[Row]:
     model = compress.load_model(arguments.model, task="text-classification")
-    inputs = next(iter(batches(_source(arguments, arguments.timed), model)))
+    inputs = next(iter(batches(source(arguments, arguments.timed), model)))
     rows: list[Row] = []
     variants = []
     for name, passes in {"original": None, **_variants(arguments)}.items():
         made = [model] if passes is None else _made(name, model, passes, arguments, observer)
-        found = [evaluate(one.module, _evaluation(arguments.data), one).value for one in made]
+        found = [evaluate(one.module, evaluation(arguments.data), one).value for one in made]
         moved = [divergence(model, one, arguments.data / TEST) for one in made]
         print(f"{name}: {_listed(found)} %, {_listed(moved, 4)}", file=sys.stderr, flush=True)
         rows.append(_row(name, made[0], found, moved))
         variants += [run.written(name, made[0], inputs)] if run.rounds else []
-    timings = run.timed(variants) if variants else None
-    return rows if timings is None else [row | times(timings, str(row["variant"])) for row in rows]
+    return run.with_times(rows, variants)
 
 
 def _variants(arguments: argparse.Namespace) -> dict[str, list[Pass]]:
@@ -86,8 +85,8 @@ def _made(
     observer: Observer,
 ) -> list[compress.Model]:
     """The model that `passes` make of `model`, once for each seed."""
-    calibration = batches(_source(arguments, CALIBRATED_ON), model)
-    training = labelled_batches(_source(arguments, arguments.samples, "label"), model)
+    calibration = batches(source(arguments, CALIBRATED_ON), model)
+    training = labelled_batches(source(arguments, arguments.samples, "label"), model)
     made = []
     for seed in arguments.seeds:
         begun = time.perf_counter()
@@ -135,15 +134,6 @@ def _spread(found: Sequence[float], digits: int) -> str:
 
 def _listed(found: Sequence[float], digits: int = 2) -> str:
     return ", ".join(f"{one:.{digits}f}" for one in found)
-
-
-def _source(arguments: argparse.Namespace, samples: int, label: str | None = None) -> Source:
-    file = arguments.data / TRAINING
-    return Source(tsv=file, column="sentence", label=label, samples=samples, batch_size=arguments.batch)
-
-
-def _evaluation(data: Path) -> Evaluation:
-    return Evaluation(tsv=data / TEST, column="sentence", label="label", metric="accuracy", batch_size=64)
 
 
 def _parse() -> argparse.Namespace:

@@ -182,14 +182,12 @@ def _why_dense(weight: Tensor) -> str:
 
 
 def _change(path: str, layer: nn.Module, start: Start) -> Change:
-    from compress.layers.coded import thinner
     from compress.layers.linear import matrix
 
     weight, form = matrix(layer), start.form
     out, width = weight.shape
     share = form.bytes / (weight.numel() * weight.element_size())
-    rows, side = max(out, width), min(out, width)
-    work = form.atoms * (rows + side) / weight.numel() if thinner(rows, side, form.atoms) else 1
+    work = min(form.atoms * (out + width) / weight.numel(), 1)
     return Change(
         path,
         "sparsely factorized",
