@@ -114,8 +114,7 @@ def _flatten(graph: ir.Graph, attention: ir.Node, split: _Split) -> None:
     )
     if split.guard is not None:
         chosen, number = split.guard.inputs[:2]
-        axis = constant(graph, "heads_axis", np.asarray([1], np.int64))
-        result = tape.op("Where", [tape.op("Squeeze", [chosen, axis]), number, result])
+        result = tape.op("Where", [_without_heads(graph, tape, chosen), number, result])
     joined = split.join.outputs[0]
     for value in (node.outputs[0] for node in tape.nodes if node.op_type != "Squeeze"):
         value.type, value.shape = joined.type, joined.shape
@@ -124,3 +123,12 @@ def _flatten(graph: ir.Graph, attention: ir.Node, split: _Split) -> None:
     for node in (split.join, split.join.inputs[0].producer(), split.guard, attention):  # type: ignore[union-attr]
         if node is not None:
             graph.remove(node, safe=True)
+
+
+def _without_heads(graph: ir.Graph, tape: Tape, chosen: ir.Value | None) -> ir.Value:
+    """The rows that are `chosen`, (batch, 1, sequence, 1), as (batch, sequence, 1)."""
+    assert chosen is not None
+    assert chosen.shape is not None
+    squeezed = tape.op("Squeeze", [chosen, constant(graph, "heads_axis", np.asarray([1], np.int64))])
+    squeezed.type, squeezed.shape = chosen.type, ir.Shape([chosen.shape[0], *chosen.shape[2:]])
+    return squeezed

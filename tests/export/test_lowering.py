@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
-
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from onnx_ir.passes.common import ShapeInferencePass
 
 from export.lowering.attention_layout import flatten_attentions
 from export.lowering.constants import array, scalar
@@ -21,8 +17,8 @@ from export.lowering.quantize_early import quantize_early
 from export.lowering.residual_sum import sum_residuals
 from export.lowering.shared_weights import share_constants
 from export.lowering.weight_layout import transpose_weights
+from tests.export.graphs import Arrays, applied, graph, ops
 
-Arrays = dict[str, np.ndarray]
 RANDOM = np.random.default_rng(0)
 X = RANDOM.normal(size=(2, 5, 8)).astype(np.float32)
 GRID: Arrays = {"s": np.float32(0.03), "z": np.uint8(117)}
@@ -31,41 +27,6 @@ WEIGHT: Arrays = {
     "ws": RANDOM.uniform(0.01, 0.02, 6).astype(np.float32),
     "b": RANDOM.normal(size=6).astype(np.float32),
 }
-
-
-def graph(text: str, constants: Arrays) -> ir.Model:
-    """A model from ONNX's text form, with `constants` as initializers."""
-    model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 23]> {text}')
-    for name, content in constants.items():
-        value = ir.val(name, const_value=ir.tensor(np.asarray(content), name=name))
-        for node in model.graph:
-            for index, used in enumerate(node.inputs):
-                if used is not None and used.name == name:
-                    node.replace_input_with(index, value)
-        model.graph.register_initializer(value)
-    return ShapeInferencePass()(model).model
-
-
-def run(model: ir.Model, inputs: Arrays) -> list[np.ndarray]:
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options)
-    return session.run(None, inputs)
-
-
-def applied(
-    rewrite: Callable[[ir.Model], int], model: ir.Model, inputs: Arrays, tolerance: float = 0.0
-) -> int:
-    """Apply `rewrite`; its count. Fails where an output moves by more than `tolerance` of its largest value."""
-    before = run(model, inputs)
-    count = rewrite(model)
-    for old, new in zip(before, run(model, inputs), strict=True):
-        np.testing.assert_allclose(new, old, rtol=0, atol=tolerance * np.abs(old).max())
-    return count
-
-
-def ops(model: ir.Model) -> Counter[str]:
-    return Counter(node.op_type for node in model.graph)
 
 
 LINEAR = """g (float[2,5,8] x) => (float[2,5,6] y) {
@@ -276,10 +237,13 @@ def test_constants_of_one_content_and_two_shapes_are_two():
 def test_the_whole_lowering_counts_what_it_does():
     assert lower_cpu(linear()) == {
         "share_constants": 0,
+        "drop_uniform": 0,
         "split_quantized_gemms": 0,
         "transpose_weights": 1,
         "fold_product_scales": 0,
         "flatten_attentions": 0,
+        "carry_addends": 0,
+        "select_early": 0,
         "quantize_early": 0,
         "use_integer_matmuls": 1,
         "sum_residuals": 0,

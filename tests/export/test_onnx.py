@@ -35,7 +35,13 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(scope="module")
 def bert() -> Model:
-    return tiny.bert()
+    """A model whose biases, zero in a new one, add something."""
+    model = tiny.bert()
+    with torch.no_grad():
+        for name, parameter in model.module.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +113,26 @@ def test_sizes_are_dynamic(written: Artifact, bert: Model, batch: int, length: i
 def test_residuals_are_summed_in_a_float_graph_too(written: Artifact):
     assert written.facts["rewrites"]["sum_residuals"] == 5
     assert ops(written)["Sum"] == 5
+
+
+@pytest.mark.parametrize(
+    "build", [tiny.vit, lambda: tiny.bert_classifier({0: "no", 1: "yes"})], ids=["vit", "bert"]
+)
+def test_a_classifier_computes_what_it_reads(build: Callable[[], Model], tmp_path: Path):
+    artifact = export.Onnx().write(build(), tmp_path / "classifier")
+    last = [
+        node for node in ir.load(tmp_path / "classifier" / "model.onnx").graph if node.op_type == "Attention"
+    ][-1]
+    assert last.inputs[0].shape[1] == 1
+    assert artifact.facts["rewrites"]["select_early"] >= 10
+    assert artifact.parity.relative < 1e-5
+
+
+def test_a_mask_for_pictures_is_not_in_the_file(tmp_path: Path):
+    artifact = export.Onnx().write(tiny.vit(), tmp_path / "vit")
+    found = ops(artifact)
+    assert found["Attention"] == 2
+    assert found["Where"] == found["Not"] == found["ReduceSum"] == 0
 
 
 def test_no_path_of_this_machine_is_in_the_file(written: Artifact):

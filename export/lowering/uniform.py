@@ -1,0 +1,153 @@
+"""Tensors that hold one number everywhere, whatever their sizes, and what becomes plain because of them.
+
+Models make masks even where there is nothing to mask: a True is expanded to the size of the scores, negated and scaled,
+added in every attention, and a guard behind each attention looks for queries without keys. The sizes are only known
+when the model runs, so no constant folding of a runtime sees that all of it changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+from onnx_ir.passes import common
+
+from export.lowering.constants import array
+from export.lowering.shapes import same_shape, size
+
+_MOVES = frozenset({"Expand", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+"""Operators that give the elements of their first input."""
+_ELEMENTWISE = frozenset(
+    {
+        "Add",
+        "And",
+        "Cast",
+        "Div",
+        "Equal",
+        "Greater",
+        "GreaterOrEqual",
+        "Less",
+        "LessOrEqual",
+        "Mul",
+        "Neg",
+        "Not",
+    }
+    | {"Or", "Sub", "Where"}
+)
+_NEUTRAL = {"Add": 0, "Mul": 1, "And": True, "Or": False}
+_NEUTRAL_RIGHT = {**_NEUTRAL, "Sub": 0, "Div": 1}
+_MASK = 3
+"""The input of `Attention` that holds its mask."""
+
+Numbers = Mapping[ir.Value, np.ndarray]
+
+
+def drop_uniform(model: ir.Model) -> int:
+    """Take out what the number that a tensor holds everywhere makes plain, in place. Returns how often.
+
+    That is a choice by it, adding zero, multiplying by one, and a mask of an attention that adds the same to every
+    score or keeps all of them.
+    """
+    numbers = _numbers(model.graph)
+    dropped = sum(_drop(node, numbers) for node in list(model.graph))
+    if dropped:
+        common.RemoveUnusedNodesPass()(model)
+    return dropped
+
+
+def _numbers(graph: ir.Graph) -> dict[ir.Value, np.ndarray]:
+    """The number, as an array of no axes, in each value that holds one number everywhere."""
+    found: dict[ir.Value, np.ndarray] = {}
+    for value in graph.initializers.values():
+        if (number := _everywhere(value)) is not None:
+            found[value] = number
+    for node in graph:
+        if node.domain == "" and len(node.outputs) == 1 and (number := _computed(node, found)) is not None:
+            found[node.outputs[0]] = number
+    return found
+
+
+def _everywhere(value: ir.Value | None) -> np.ndarray | None:
+    content = array(value)
+    if content is None or not content.size or content.dtype.kind not in "biuf":
+        return None
+    first = content.reshape(-1)[0]
+    return np.asarray(first) if content.reshape(-1)[-1] == first and (content == first).all() else None
+
+
+def _computed(node: ir.Node, numbers: Numbers) -> np.ndarray | None:
+    """The number that `node` gives everywhere, or None."""
+    if node.op_type == "Constant":
+        return _everywhere(node.outputs[0])
+    if node.op_type in _MOVES:
+        return numbers.get(node.inputs[0]) if node.inputs[0] is not None else None
+    if node.op_type == "ReduceSum":
+        return _summed(node, numbers)
+    if node.op_type not in _ELEMENTWISE:
+        return None
+    given = [numbers.get(value) if value is not None else None for value in node.inputs]
+    if any(number is None for number in given):
+        return None
+    evaluator = ReferenceEvaluator(ir.to_proto(node))
+    named = {
+        str(value.name): number for value, number in zip(node.inputs, given, strict=True) if value is not None
+    }
+    (result,) = evaluator.run(None, named)
+    return np.asarray(result)
+
+
+def _summed(node: ir.Node, numbers: Numbers) -> np.ndarray | None:
+    """A sum of equal numbers over axes of known size."""
+    values, axes = node.inputs[0], array(node.inputs[1]) if len(node.inputs) > 1 else None
+    if values is None or axes is None or values not in numbers:
+        return None
+    sizes = [size(values, int(axis)) for axis in axes]
+    if not all(isinstance(one, int) for one in sizes):
+        return None
+    number = numbers[values]
+    return np.asarray(number * math.prod(map(int, sizes)), number.dtype)  # type: ignore[arg-type]
+
+
+def _drop(node: ir.Node, numbers: Numbers) -> bool:
+    if node.domain != "":
+        return False
+    if node.op_type == "Attention":
+        return _drop_mask(node, numbers)
+    kept = _chosen(node, numbers) if node.op_type == "Where" else _unchanged(node, numbers)
+    result = node.outputs[0]
+    if kept is None or result.is_graph_output() or not same_shape(kept, result):
+        return False  # with another shape, its other operand spreads it over more rows
+    ir.convenience.replace_all_uses_with(result, kept)
+    return True
+
+
+def _drop_mask(attention: ir.Node, numbers: Numbers) -> bool:
+    mask = attention.inputs[_MASK] if len(attention.inputs) > _MASK else None
+    number = None if mask is None else numbers.get(mask)
+    if number is None or not (number if number.dtype == np.bool_ else np.isfinite(number)):
+        return False
+    attention.replace_input_with(_MASK, None)
+    if len(attention.inputs) == _MASK + 1:
+        attention.resize_inputs(_MASK)
+    return True
+
+
+def _chosen(where: ir.Node, numbers: Numbers) -> ir.Value | None:
+    condition, chosen, other = where.inputs
+    number = None if condition is None else numbers.get(condition)
+    return None if number is None else chosen if number else other
+
+
+def _unchanged(node: ir.Node, numbers: Numbers) -> ir.Value | None:
+    """The operand of `node` that its other operand leaves as it is."""
+    if node.op_type not in _NEUTRAL_RIGHT or len(node.inputs) != 2:
+        return None
+    left, right = node.inputs
+    if right in numbers and numbers[right] == _NEUTRAL_RIGHT[node.op_type]:
+        return left
+    if left in numbers and node.op_type in _NEUTRAL and numbers[left] == _NEUTRAL[node.op_type]:
+        return right
+    return None
