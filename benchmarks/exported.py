@@ -18,6 +18,8 @@ import export
 from compress.pipeline import state_bytes
 from compress.progress import Observer
 from compress.timing import Spread, Timings, Variant, measure
+from export.graph import export_graph
+from export.to_onnx import save
 
 VERSIONS = ("modelpress", "torch", "transformers", "onnx", "onnxruntime")
 
@@ -41,6 +43,13 @@ class Run:
         save_file(dict(inputs), file)
         target = export.Onnx(runtime="cpu")
         return target.variant(target.write(model, self.scratch / name), name, file)
+
+    def unlowered(self, name: str, model: compress.Model, inputs: Mapping[str, Tensor]) -> Variant:
+        """`model` as the exporter of transformers writes it, without our rewrites, and to be timed on `inputs`."""
+        folder, file = self.scratch / name, self.scratch / f"{name}.safetensors"
+        save_file(dict(inputs), file)
+        save(export_graph(model, opset=export.Onnx().opset, scheme="asymmetric"), model, folder)
+        return Variant(name, "export.runners:timed_call", {"folder": str(folder), "inputs": str(file)})
 
     def timed(self, variants: Sequence[Variant]) -> Timings:
         """The times of `variants`, with the first as the baseline."""

@@ -6,8 +6,9 @@ compare with. It needs torch and transformers alone, so that it runs where there
 `accelerate launch --multi_gpu -m benchmarks.norm_free train ...` shares each step between GPUs.
 
 `measure` exports the checkpoint and the model it came from with `export.Onnx(runtime="cpu")`, both also with
-`quantize`, and prints for each what the graph holds, top-1 on the test pictures by ONNX Runtime, and speed, timed in
-alternating rounds, one process each, as a Markdown table.
+`quantize`, and the model it came from as the exporter of transformers writes it. It prints for each what the graph
+holds, top-1 on the test pictures by ONNX Runtime, and speed, timed in alternating rounds, one process each, as a
+Markdown table.
 """
 
 from __future__ import annotations

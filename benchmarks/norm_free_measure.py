@@ -26,6 +26,7 @@ BATCH = 16
 CALIBRATED = 128
 """So many training pictures calibrate `quantize`."""
 NORMED, FREE, INT8 = "layer norms", "norm-free", ", int8"
+PLAIN = "layer norms, not rewritten"
 
 
 def measure(arguments: argparse.Namespace) -> str:
@@ -38,7 +39,10 @@ def measure(arguments: argparse.Namespace) -> str:
 
 
 def norm_free(run: Run, data: Path, model: Path, made: Path) -> list[Row]:
-    """A row for each variant; one of the two without norms is timed against the one with them in the same type."""
+    """A row for each variant; one of the two without norms is timed against the one with them in the same type too.
+
+    The first is the model with norms as it would be without us: as the exporter of transformers writes it.
+    """
     loaded = compress.load_model(model, task="image-classification")
     free = compress.load(made)
     free = replace(free, module=free.module.float())
@@ -49,16 +53,17 @@ def norm_free(run: Run, data: Path, model: Path, made: Path) -> list[Row]:
     for name, one in track(run.observer, "quantize", list(models.items())):
         models[name + INT8] = compress.apply(one, [compress.Quantize()], calibration=calibration).model
     inputs = {"pixel_values": next(pictures.batches(data / TEST, model, BATCH, BATCH))}
-    variants = [
-        run.written(name, one, inputs) for name, one in track(run.observer, "export", list(models.items()))
-    ]
+    variants = [run.unlowered(PLAIN, loaded, inputs)]
+    for name, one in track(run.observer, "export", list(models.items())):
+        variants.append(run.written(name, one, inputs))
+    names = [one.name for one in variants]
     logits = {
         name: classifying.answers(run.scratch / name, data / TEST, model, run.threads)
-        for name in track(run.observer, "answers to the test pictures", list(models))
+        for name in track(run.observer, "answers to the test pictures", names)
     }
     timings = run.timed(variants)
     wanted = pictures.classes(data / TEST)
-    return [_row(name, run.scratch / name, logits, wanted, timings) for name in models]
+    return [_row(name, run.scratch / name, logits, wanted, timings) for name in names]
 
 
 def _row(name: str, folder: Path, logits: Mapping[str, Tensor], wanted: Tensor, timings: Timings) -> Row:

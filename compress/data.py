@@ -93,8 +93,11 @@ class Source(Origin):
     samples: int = Field(default=128, ge=1)
 
 
-def source_at(path: Path, like: Source | None = None) -> Source:
-    """A source that reads `path` (a folder of images, a table or a text), with the rest of `like`."""
+def source_at(path: Path, like: Source | None = None, field: str = "calibration") -> Source:
+    """A source that reads `path` (a folder of images, a table or a text), with the rest of `like`.
+
+    Raises `DataError`, which names the recipe's `field`, for a table without a column.
+    """
     suffix = Path(path.name.removesuffix(".gz")).suffix.lower().removeprefix(".")
     kind = "images" if path.is_dir() else suffix if suffix in TABLES else "text"
     settings = like.model_dump(exclude_unset=True, exclude={"text", "images", *TABLES}) if like else {}
@@ -105,7 +108,7 @@ def source_at(path: Path, like: Source | None = None) -> Source:
     elif not settings.get("column") and not settings.get("columns"):
         raise DataError(
             f"{path} is a table, and nothing says which of its columns to take.",
-            f"Write it in the recipe: `calibration: {{{kind}: {path.name}, column: NAME}}`.",
+            f"Write it in the recipe: `{field}: {{{kind}: {path.name}, column: NAME}}`.",
         )
     return Source(**{**settings, kind: path})
 

@@ -199,7 +199,7 @@ class Recipe(_Part):
         Without training data in the recipe, 4096 samples of up to 512 tokens are taken, 8 a batch.
         """
         like = self.data.training or Source(text=path, samples=4096, max_length=512, batch_size=8)
-        source = source_at(path, like=like)
+        source = source_at(path, like=like, field="training")
         return self.model_copy(update={"data": self.data.model_copy(update={"training": source})})
 
 

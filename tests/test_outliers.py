@@ -11,6 +11,7 @@ from compress.cli import run
 from compress.numerics.affine import affine
 from compress.numerics.outliers import Spread, rounding_noise
 from compress.outliers import outliers
+from compress.passes.spreads import Place, spreads
 from tests import tiny
 from tests.zoo import build
 
@@ -47,6 +48,20 @@ def test_noise_is_what_rounding_adds():
     rounded = ((values / scale).round().add(zero).clamp(low, high) - zero) * scale
     measured = (rounded - values).square().mean() / values.square().mean()
     assert float(rounding_noise(values)) == pytest.approx(float(measured), rel=0.02)
+
+
+def test_layers_that_are_called_by_keyword_are_heard():
+    class Keyword(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.map = torch.nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.map(input=x)
+
+    place, x = Place("map", "linear input"), torch.randn(3, 5, 4)
+    found = spreads(Keyword().eval(), [place], [{"x": x}])
+    assert found[place].largest == float(x.abs().max())
 
 
 def test_noise_has_no_scale_and_gradients_at_the_ends_of_the_range():

@@ -57,7 +57,7 @@ def heard(
         for place in wanted:
             layer = module.get_submodule(place.path)
             if place.what == "linear input":
-                handle = layer.register_forward_pre_hook(_before(place, hear))
+                handle = layer.register_forward_pre_hook(_before(place, hear), with_kwargs=True)
             else:
                 handle = layer.register_forward_hook(_behind(place, hear))
             hooks.callback(handle.remove)
@@ -85,8 +85,8 @@ def spreads(module: nn.Module, wanted: Sequence[Place], batches: Iterable[Inputs
 
 
 def _before(place: Place, hear: Callable[[Place, Tensor], None]) -> Callable[..., None]:
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-        hear(place, args[0])
+    def hook(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        hear(place, next(iter((*args, *named.values()))))
 
     return hook
 
