@@ -142,9 +142,7 @@ def _move(graph: ir.Graph, choice: _Choice) -> None:
             assert value is not None
             if value.producer() in choice.before:
                 continue
-            if value not in chosen:
-                chosen[value] = _gathered(value, index, node)
-            node.replace_input_with(place, chosen[value])
+            node.replace_input_with(place, _gathered(value, index, node, chosen))
         node.outputs[0].shape = _one_row(node.outputs[0])
     where = array(choice.gather.inputs[1])
     assert where is not None
@@ -152,12 +150,27 @@ def _move(graph: ir.Graph, choice: _Choice) -> None:
     choice.gather.replace_input_with(1, only)
 
 
-def _gathered(value: ir.Value, index: ir.Value, reader: ir.Node) -> ir.Value:
-    """The row of `value`, put before `reader`."""
-    gather = ir.node("Gather", [value, index], {"axis": rank(value) + _ROWS})
-    result = gather.outputs[0]
+def _gathered(
+    value: ir.Value, index: ir.Value, reader: ir.Node, chosen: dict[ir.Value, ir.Value]
+) -> ir.Value:
+    """The row of `value`: one of those `chosen`, or a new one, put before `reader`.
+
+    Of a dequantized tensor the row is chosen from its integers, so that what reads it stays an integer product.
+    """
+    if value in chosen:
+        return chosen[value]
+    source = value.producer()
+    if source is not None and source.op_type == "DequantizeLinear" and _rows(source):
+        integers = source.inputs[0]
+        assert integers is not None
+        row = _gathered(integers, index, reader, chosen)
+        node = ir.node("DequantizeLinear", [row, *source.inputs[1:]], dict(source.attributes))
+    else:
+        node = ir.node("Gather", [value, index], {"axis": rank(value) + _ROWS})
+    result = node.outputs[0]
     result.name, result.type, result.shape = f"{value.name}.row", value.type, _one_row(value)
-    reader.prepend(gather)
+    reader.prepend(node)
+    chosen[value] = result
     return result
 
 

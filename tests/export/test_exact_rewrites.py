@@ -7,6 +7,7 @@ import pytest
 
 from export.lowering.carried_addends import carry_addends
 from export.lowering.constants import array
+from export.lowering.integer_matmul import use_integer_matmuls
 from export.lowering.select_early import select_early
 from export.lowering.uniform import drop_uniform
 from tests.export.graphs import Arrays, applied, graph, ops
@@ -233,3 +234,21 @@ def test_a_row_is_rounded_alone_by_one_scale_and_not_by_its_own():
     assert applied(select_early, graph(text, one), {"x": X}) == 2
     rows: Arrays = {"s": np.full(5, 0.03, np.float32), "z": np.full(5, 117, np.uint8), "place": np.int64(1)}
     assert applied(select_early, graph(text, rows), {"x": X}) == 0
+
+
+def test_a_product_of_the_row_that_is_read_stays_one_of_integers():
+    text = """g (float[2,5,8] x) => (float[2,8] y, float[2,5,8] k, float[2,5,8] twice) {
+        q = QuantizeLinear(x, s, z)  d = DequantizeLinear(q, s, z)
+        dw = DequantizeLinear(w, ws)  k = MatMul(d, dw)
+        twice = DequantizeLinear(q, two, z)  mq = MatMul(d, dw)  sum = Add(mq, twice)  y = Gather<axis = 1>(sum, place)
+    }"""
+    grid: Arrays = {
+        "s": np.float32(0.03),
+        "z": np.uint8(117),
+        "two": np.float32(0.06),
+        "ws": np.float32(0.02),
+        "place": np.int64(1),
+    }
+    model = graph(text, grid | {"w": RANDOM.integers(-127, 128, (8, 8)).astype(np.int8)})
+    assert applied(select_early, model, {"x": X}, 1e-6) == 2
+    assert applied(use_integer_matmuls, model, {"x": X}, 1e-6) == 2
