@@ -61,7 +61,8 @@ def carry_addends(model: ir.Model) -> int:
 
 def _addend(node: ir.Node, taken: Places) -> tuple[np.ndarray, ir.Value] | None:
     """The constant vector that `node` adds to all rows of a tensor, with what it has `taken`, and the tensor."""
-    if node.op_type != "Add" or node.domain != "":
+    floats = node.outputs[0].dtype is not None and node.outputs[0].dtype.is_floating_point()
+    if node.op_type != "Add" or node.domain != "" or not floats:
         return None
     for index, other in ((1, node.inputs[0]), (0, node.inputs[1])):
         vector = array(node.inputs[index])
@@ -93,6 +94,8 @@ def _pass(node: ir.Node, walk: _Walk) -> bool:
 
 def _past_sum(node: ir.Node, walk: _Walk) -> bool:
     lacking = walk.into(node)
+    if lacking.shape[0] != size(node.outputs[0], -1):
+        return False  # one feature, spread over many
     for index, value in enumerate(node.inputs):
         if array(value) is not None:
             walk.taken[node, index] = lacking
@@ -141,8 +144,10 @@ def _past_attention(node: ir.Node, walk: _Walk) -> bool:
 def _past_choice(node: ir.Node, walk: _Walk) -> bool:
     """A Gather along any axis but that of the features."""
     axes = rank(node.inputs[0])
+    if node.inputs[0] not in walk.lacks or axes < 1:
+        return False
     walk.lacks[node.outputs[0]] = walk.into(node)
-    return axes > 0 and node.attributes.get_int("axis", 0) % axes < axes - 1
+    return node.attributes.get_int("axis", 0) % axes < axes - 1
 
 
 _PASSED = {

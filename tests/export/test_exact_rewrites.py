@@ -132,6 +132,22 @@ def test_a_bias_that_something_else_sees_stays(old: str, new: str):
     assert applied(carry_addends, model, {"x": X}, 1e-6) == 0
 
 
+def test_a_bias_of_one_feature_that_is_spread_over_many_stays():
+    text = """g (float[2,5,8] x) => (float[2,5,8] y) {
+        m1 = MatMul(x, w1)  a1 = Add(m1, b1)  r1 = Add(a1, x)  m2 = MatMul(r1, w2)  y = Add(m2, b2)
+    }"""
+    model = graph(text, BLOCK | {"w1": BLOCK["w1"][:, :1], "b1": BLOCK["b1"][:1]})
+    assert applied(carry_addends, model, {"x": X}) == 0
+
+
+def test_numbers_of_places_are_no_biases():
+    text = """g (float[2,5,8] x, int64[2] at) => (float[2,2,8] y) {
+        moved = Add(at, by)  chosen = Gather<axis = 1>(x, moved)  y = Add(chosen, b1)
+    }"""
+    model = graph(text, BLOCK | {"by": np.asarray([1, 2])})
+    assert applied(carry_addends, model, {"x": X, "at": np.asarray([0, 2])}) == 0
+
+
 def test_an_unread_half_of_a_walk_leaves_no_trace():
     """The first bias meets a constant that could take it, and then a norm."""
     text = BLOCKS.replace("h = Gelu(a2)", "l = LayerNormalization(r1, scale)  g = Gelu(a2)  h = Add(g, l)")
