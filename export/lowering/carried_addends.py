@@ -143,11 +143,11 @@ def _past_attention(node: ir.Node, walk: _Walk) -> bool:
 
 def _past_choice(node: ir.Node, walk: _Walk) -> bool:
     """A Gather along any axis but that of the features."""
-    axes = rank(node.inputs[0])
-    if node.inputs[0] not in walk.lacks or axes < 1:
+    values, axes = node.inputs[0], rank(node.inputs[0])
+    if values not in walk.lacks or axes < 1 or node.attributes.get_int("axis", 0) % axes == axes - 1:
         return False
-    walk.lacks[node.outputs[0]] = walk.into(node)
-    return node.attributes.get_int("axis", 0) % axes < axes - 1
+    walk.lacks[node.outputs[0]] = walk.lacks[values]
+    return True
 
 
 _PASSED = {

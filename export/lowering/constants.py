@@ -7,24 +7,35 @@ import onnx_ir as ir
 
 
 def array(value: ir.Value | None) -> np.ndarray | None:
-    """The array of an initializer or constant node, or None where `value` is computed."""
-    constant = None if value is None else ir.convenience.get_const_tensor(value)
+    """The array of an initializer or constant node, or None where `value` is computed or may be given by a caller."""
+    if value is None or value.is_graph_input():
+        return None
+    constant = ir.convenience.get_const_tensor(value)
     return None if constant is None else constant.numpy()
 
 
 def scalar(value: ir.Value | None) -> float | None:
     """The number that a constant of one element holds, or None."""
-    constant = None if value is None else ir.convenience.get_const_tensor(value)
-    return float(constant.numpy().item()) if constant is not None and constant.size == 1 else None
+    content = array(value)
+    return float(content.item()) if content is not None and content.size == 1 else None
 
 
 def constant(graph: ir.Graph, name: str, content: np.ndarray) -> ir.Value:
-    """A new initializer of `graph`, or the one that has the name already. Names come from values, so they are
-    unique.
+    """An initializer of `graph` that holds `content`: the one that has `name` and is the same, or a new one.
+
+    `name` should come from that of a value, so that no node has it. Other initializers of that name stay: the new one
+    is numbered.
     """
-    if name not in graph.initializers:
-        graph.register_initializer(ir.val(name, const_value=ir.tensor(content, name=name)))
-    return graph.initializers[name]
+    free, number = name, 0
+    while (found := graph.initializers.get(free)) is not None:
+        there = array(found)
+        if there is not None and there.dtype == content.dtype and np.array_equal(there, content):
+            return found
+        number += 1
+        free = f"{name}.{number}"
+    value = ir.val(free, const_value=ir.tensor(content, name=free))
+    graph.register_initializer(value)
+    return value
 
 
 def only_reader(value: ir.Value) -> ir.Node | None:

@@ -17,23 +17,13 @@ from export.lowering.shapes import rank, size
 
 _ROWS = -2
 """The axis of the rows, in every tensor here: (..., rows, features)."""
-_ELEMENTWISE = frozenset(
-    {
-        "Add",
-        "Cast",
-        "Clip",
-        "Div",
-        "Elu",
-        "Erf",
-        "Gelu",
-        "HardSigmoid",
-        "HardSwish",
-        "LeakyRelu",
-        "Max",
-        "Min",
-        "Mul",
-    }
-    | {"Neg", "Pow", "Relu", "Sigmoid", "Softplus", "Sqrt", "Sub", "Sum", "Tanh", "Where"}
+_RANK = 2
+"""A tensor of rows has at least so many axes."""
+_ARITHMETIC = frozenset(
+    {"Add", "Cast", "Clip", "Div", "Max", "Min", "Mul", "Neg", "Pow", "Sqrt", "Sub", "Sum", "Where"}
+)
+_ACTIVATIONS = frozenset(
+    {"Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Relu", "Sigmoid", "Softplus", "Tanh"}
 )
 _NORMS = frozenset({"LayerNormalization", "RMSNormalization", "Softmax"})
 _ROUNDING = frozenset({"QuantizeLinear", "DequantizeLinear"})
@@ -63,11 +53,13 @@ def select_early(model: ir.Model) -> int:
 
 
 def _choice(graph: ir.Graph, gather: ir.Node) -> _Choice | None:
-    if gather.op_type != "Gather":
+    if gather.op_type != "Gather" or gather.domain != "":
         return None
     axes, row = rank(gather.inputs[0]), scalar(gather.inputs[1])
-    if row is None or axes < -_ROWS or gather.attributes.get_int("axis", 0) % axes != axes + _ROWS:
+    if row is None or axes < _RANK or gather.attributes.get_int("axis", 0) % axes != axes + _ROWS:
         return None
+    if size(gather.inputs[0], _ROWS) == 1:
+        return None  # there is but one row
     readers: dict[ir.Node, tuple[int, ...]] = {gather: (0,)}
     for node in reversed(graph):
         if _is_read_by(readers, node.outputs) and (rows := _rows(node)):
@@ -81,6 +73,7 @@ def _is_read_by(readers: dict[ir.Node, tuple[int, ...]], outputs: tuple[ir.Value
     uses = [use for output in outputs for use in output.uses()]
     return (
         len(outputs) == 1
+        and rank(outputs[0]) >= _RANK
         and not outputs[0].is_graph_output()
         and bool(uses)
         and all(use.idx in readers.get(use.node, ()) for use in uses)
@@ -89,52 +82,53 @@ def _is_read_by(readers: dict[ir.Node, tuple[int, ...]], outputs: tuple[ir.Value
 
 def _rows(node: ir.Node) -> tuple[int, ...]:
     """The inputs whose rows become the rows of the output one by one; none where the rows are not apart."""
-    if node.domain != "":
-        return ()
-    last = node.attributes.get_int("axis", -1) in (-1, rank(node.inputs[0]) - 1)
-    if (
-        (node.op_type in _NORMS and last)
-        or (node.op_type in _ROUNDING and scalar(node.inputs[1]) is not None)
-        or (node.op_type == "MatMul" and rank(node.inputs[1]) >= -_ROWS)
-    ):
-        return (0,) if rank(node.inputs[0]) >= -_ROWS else ()
+    places = _places(node) if node.domain == "" else ()
+    return places if all(rank(node.inputs[place]) >= _RANK for place in places) else ()
+
+
+def _places(node: ir.Node) -> tuple[int, ...]:
+    if node.op_type in _NORMS:
+        last = node.attributes.get_int("axis", -1) in (-1, rank(node.inputs[0]) - 1)
+        return (0,) if last and all(map(_has_no_rows, node.inputs[1:])) else ()
+    if node.op_type in _ROUNDING:
+        return (0,) if scalar(node.inputs[1]) is not None else ()
+    if node.op_type == "MatMul":
+        return (0,) if rank(node.inputs[1]) >= _RANK else ()
     if node.op_type == "Attention":
-        return _rows_of_queries(node)
-    return _rows_side_by_side(node) if node.op_type in _ELEMENTWISE else ()
+        return _places_of_queries(node)
+    return _places_side_by_side(node) if node.op_type in _ARITHMETIC | _ACTIVATIONS else ()
 
 
-def _rows_of_queries(attention: ir.Node) -> tuple[int, ...]:
+def _has_no_rows(value: ir.Value | None) -> bool:
+    """Whether `value` is the same for all rows, as far as is known."""
+    return value is None or 0 <= rank(value) < _RANK or size(value, _ROWS) == 1
+
+
+def _places_of_queries(attention: ir.Node) -> tuple[int, ...]:
     if attention.attributes.get_int("is_causal", 0) or len(attention.inputs) > _MASK + 1:
         return ()  # what a query sees depends on where it stands
-    if len(attention.inputs) <= _MASK or attention.inputs[_MASK] is None:
+    queries, mask = attention.inputs[0], (*attention.inputs, None)[_MASK]
+    if _has_no_rows(mask):
         return (0,)
-    mask, queries = attention.inputs[_MASK], attention.inputs[0]
-    if rank(mask) < -_ROWS or rank(queries) < -_ROWS:
-        return ()
-    number = size(mask, _ROWS)
-    if number == 1:
-        return (0,)
-    return (0, _MASK) if number is not None and number == size(queries, _ROWS) else ()
+    return (0, _MASK) if rank(mask) >= _RANK and _same_rows(mask, queries) else ()
 
 
-def _rows_side_by_side(node: ir.Node) -> tuple[int, ...]:
+def _places_side_by_side(node: ir.Node) -> tuple[int, ...]:
     """The inputs of an elementwise `node` that have as many rows as its output; none where one's number is unknown."""
-    if rank(node.outputs[0]) < -_ROWS:
-        return ()
-    rows = []
-    for index, value in enumerate(node.inputs):
-        if value is None or 0 <= rank(value) < -_ROWS:
-            continue
-        number = size(value, _ROWS)
-        if number is None or number not in (1, size(node.outputs[0], _ROWS)):
-            return ()
-        if number != 1:
-            rows.append(index)
-    return tuple(rows)
+    places = tuple(place for place, value in enumerate(node.inputs) if not _has_no_rows(value))
+    return places if all(_same_rows(node.inputs[place], node.outputs[0]) for place in places) else ()
+
+
+def _same_rows(left: ir.Value | None, right: ir.Value | None) -> bool:
+    """Whether two tensors have as many rows, and it is known."""
+    if rank(left) < _RANK or rank(right) < _RANK:
+        return False
+    return size(left, _ROWS) is not None and size(left, _ROWS) == size(right, _ROWS)
 
 
 def _move(graph: ir.Graph, choice: _Choice) -> None:
-    index = constant(graph, f"row_{choice.row}", np.asarray([choice.row], np.int64))
+    name = str(choice.gather.outputs[0].name)
+    index = constant(graph, f"{name}.place", np.asarray([choice.row], np.int64))
     chosen: dict[ir.Value, ir.Value] = {}
     for node, rows in choice.before.items():
         for place in rows:
@@ -146,7 +140,7 @@ def _move(graph: ir.Graph, choice: _Choice) -> None:
         node.outputs[0].shape = _one_row(node.outputs[0])
     where = array(choice.gather.inputs[1])
     assert where is not None
-    only = constant(graph, f"{choice.gather.outputs[0].name}.row", np.zeros_like(where))
+    only = constant(graph, f"{name}.only", np.zeros_like(where))
     choice.gather.replace_input_with(1, only)
 
 
@@ -168,7 +162,7 @@ def _gathered(
     else:
         node = ir.node("Gather", [value, index], {"axis": rank(value) + _ROWS})
     result = node.outputs[0]
-    result.name, result.type, result.shape = f"{value.name}.row", value.type, _one_row(value)
+    result.name, result.type, result.shape = f"{value.name}.row.{index.name}", value.type, _one_row(value)
     reader.prepend(node)
     chosen[value] = result
     return result

@@ -20,23 +20,12 @@ from export.lowering.shapes import same_shape, size
 
 _MOVES = frozenset({"Expand", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 """Operators that give the elements of their first input."""
-_ELEMENTWISE = frozenset(
-    {
-        "Add",
-        "And",
-        "Cast",
-        "Div",
-        "Equal",
-        "Greater",
-        "GreaterOrEqual",
-        "Less",
-        "LessOrEqual",
-        "Mul",
-        "Neg",
-        "Not",
-    }
-    | {"Or", "Sub", "Where"}
+_ARITHMETIC = frozenset({"Add", "Cast", "Div", "Mul", "Neg", "Sub"})
+_CHOICES = frozenset(
+    {"And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "Or", "Where"}
 )
+_FOLLOWED = frozenset(map(np.dtype, ("bool", "float16", "float32", "float64", "int32", "int64")))
+"""Types of numbers that numpy computes with as runtimes do."""
 _NEUTRAL = {"Add": 0, "Mul": 1, "And": True, "Or": False}
 _NEUTRAL_RIGHT = {**_NEUTRAL, "Sub": 0, "Div": 1}
 _MASK = 3
@@ -48,8 +37,9 @@ Numbers = Mapping[ir.Value, np.ndarray]
 def drop_uniform(model: ir.Model) -> int:
     """Take out what the number that a tensor holds everywhere makes plain, in place. Returns how often.
 
-    That is a choice by it, adding zero, multiplying by one, and a mask of an attention that adds the same to every
-    score or keeps all of them.
+    That is a choice by it, adding zero, multiplying by one, and a mask of an attention that adds zero to every score or
+    keeps all of them. (Adding another number to all would be the same but for rounding, which for the large numbers
+    of masks is all that is left.)
     """
     numbers = _numbers(model.graph)
     dropped = sum(_drop(node, numbers) for node in list(model.graph))
@@ -72,7 +62,7 @@ def _numbers(graph: ir.Graph) -> dict[ir.Value, np.ndarray]:
 
 def _everywhere(value: ir.Value | None) -> np.ndarray | None:
     content = array(value)
-    if content is None or not content.size or content.dtype.kind not in "biuf":
+    if content is None or not content.size or content.dtype not in _FOLLOWED:
         return None
     first = content.reshape(-1)[0]
     return np.asarray(first) if content.reshape(-1)[-1] == first and (content == first).all() else None
@@ -86,23 +76,29 @@ def _computed(node: ir.Node, numbers: Numbers) -> np.ndarray | None:
         return numbers.get(node.inputs[0]) if node.inputs[0] is not None else None
     if node.op_type == "ReduceSum":
         return _summed(node, numbers)
-    if node.op_type not in _ELEMENTWISE:
+    if node.op_type not in _ARITHMETIC | _CHOICES:
         return None
     given = [numbers.get(value) if value is not None else None for value in node.inputs]
     if any(number is None for number in given):
         return None
-    evaluator = ReferenceEvaluator(ir.to_proto(node))
     named = {
         str(value.name): number for value, number in zip(node.inputs, given, strict=True) if value is not None
     }
-    (result,) = evaluator.run(None, named)
-    return np.asarray(result)
+    with np.errstate(all="ignore"):
+        (result,) = ReferenceEvaluator(ir.to_proto(node)).run(None, named)
+    return np.asarray(result) if np.asarray(result).dtype in _FOLLOWED else None
 
 
 def _summed(node: ir.Node, numbers: Numbers) -> np.ndarray | None:
-    """A sum of equal numbers over axes of known size."""
+    """A sum of equal floats over given axes of known size."""
     values, axes = node.inputs[0], array(node.inputs[1]) if len(node.inputs) > 1 else None
-    if values is None or axes is None or values not in numbers:
+    if (
+        values is None
+        or axes is None
+        or not axes.size
+        or values not in numbers
+        or numbers[values].dtype.kind != "f"
+    ):
         return None
     sizes = [size(values, int(axis)) for axis in axes]
     if not all(isinstance(one, int) for one in sizes):
@@ -127,7 +123,7 @@ def _drop(node: ir.Node, numbers: Numbers) -> bool:
 def _drop_mask(attention: ir.Node, numbers: Numbers) -> bool:
     mask = attention.inputs[_MASK] if len(attention.inputs) > _MASK else None
     number = None if mask is None else numbers.get(mask)
-    if number is None or not (number if number.dtype == np.bool_ else np.isfinite(number)):
+    if number is None or number != (number.dtype == np.bool_):  # True keeps a score, and 0 adds nothing to it
         return False
     attention.replace_input_with(_MASK, None)
     if len(attention.inputs) == _MASK + 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from export.lowering.carried_addends import carry_addends
@@ -51,6 +52,29 @@ def test_a_mask_that_masks_something_stays(seen: np.ndarray):
     assert ops(model)["Attention"] == 1
     attention = next(node for node in model.graph if node.op_type == "Attention")
     assert len(attention.inputs) == 4
+
+
+@pytest.mark.parametrize("number", [np.finfo(np.float32).min, -1e9, 1e4, -np.inf], ids=str)
+def test_numbers_that_hide_the_scores_are_no_empty_mask(number: float):
+    text = "g (float[2,5,8] x) => (float[2,5,8] y) { y = Attention<q_num_heads = 2, kv_num_heads = 2>(x, x, x, m) }"
+    model = graph(text, {"m": np.full((5, 5), number, np.float32)})
+    assert drop_uniform(model) == 0
+    model = graph(text, {"m": np.zeros((5, 5), np.float32)})
+    assert applied(drop_uniform, model, {"x": X}) == 1
+
+
+@pytest.mark.parametrize("axes", [np.zeros(0, np.int64), np.asarray([0])], ids=["of all", "of given"])
+def test_a_sum_over_given_axes_is_known(axes: np.ndarray):
+    text = """g (float[2,3] x) => (float[2,3] y) {
+        s = ReduceSum<keepdims = 0>(ones, axes)  c = Less(s, three)  a = Where(c, x, zeros)  y = Neg(a)
+    }"""
+    constants = {
+        "ones": np.ones((2, 3), np.float32),
+        "three": np.float32(3),
+        "zeros": np.zeros((2, 3), np.float32),
+    }
+    model = graph(text, constants | {"axes": axes})
+    assert applied(drop_uniform, model, {"x": X[0, :2, :3]}) == axes.size
 
 
 def test_queries_without_keys_are_known_only_where_keys_are_counted():
@@ -240,6 +264,47 @@ def test_rows_that_are_read_are_computed(old: str, new: str, count: int):
     )
     model = graph(text, ROW)
     assert applied(select_early, model, {"x": X, "m": SEEN}, 1e-6) == count
+
+
+def test_choices_from_one_tensor_have_names_of_their_own():
+    text = """g (float[2,5,8] x) => (float[2,8] y, float[2,8] z, float[2,8] u) {
+        n = LayerNormalization(x, scale)  a = Gelu(n)  b = Tanh(n)  c = Relu(n)
+        y = Gather<axis = 1>(a, place)  z = Gather<axis = 1>(b, other)  u = Gather<axis = 1>(c, place)
+    }"""
+    model = graph(text, ROW | {"other": np.int64(2)})
+    assert applied(select_early, model, {"x": X}, 1e-6) == 3
+
+
+def test_a_name_that_is_taken_is_not_used():
+    text = """g (float[2,5,8] x) => (float[2,8] y, int64[1] k) {
+        a = Relu(x)  y = Gather<axis = 1>(a, place)  k = Neg(y_place)
+    }"""
+    model = graph(text.replace("y_place", "taken"), {"place": np.int64(1), "taken": np.asarray([3])})
+    model.graph.initializers["taken"].name = "y.place"
+    assert applied(select_early, model, {"x": X}) == 1
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (1, 5, 8), (5, 1)], ids=str)
+def test_a_norm_with_a_scale_for_each_row_stays(shape: tuple[int, ...]):
+    text = "g (float[2,5,8] x) => (float[2,8] y) { a = LayerNormalization(x, scale)  y = Gather<axis = 1>(a, place) }"
+    model = graph(text, ROW | {"scale": RANDOM.normal(size=shape).astype(np.float32)})
+    assert applied(select_early, model, {"x": X}) == 0
+
+
+def test_what_a_caller_may_give_is_no_constant():
+    text = """g (float[2,5,8] x, float[8] b, int64 i) => (float[2,8] y) {
+        a = Add(x, b)  c = Add(a, b)  y = Gather<axis = 1>(c, i)
+    }"""
+    model = graph(text, {})
+    for value, content in zip(model.graph.inputs[1:], (ZEROS, np.int64(0)), strict=True):
+        value.const_value = ir.tensor(np.asarray(content), name=value.name)
+        model.graph.register_initializer(value)
+    given = {"x": X, "b": ZEROS + 1, "i": np.asarray(3)}
+    assert [applied(rewrite, model, given) for rewrite in (drop_uniform, carry_addends, select_early)] == [
+        0,
+        0,
+        0,
+    ]
 
 
 def test_a_row_is_rounded_alone_by_one_scale_and_not_by_its_own():
