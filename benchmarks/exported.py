@@ -19,7 +19,7 @@ from compress.pipeline import state_bytes
 from compress.progress import Observer
 from compress.timing import Spread, Timings, Variant, measure
 from export.graph import export_graph
-from export.to_onnx import save
+from export.to_onnx import save, timed
 
 VERSIONS = ("modelpress", "torch", "transformers", "onnx", "onnxruntime")
 
@@ -39,17 +39,18 @@ class Run:
 
     def written(self, name: str, model: compress.Model, inputs: Mapping[str, Tensor]) -> Variant:
         """`model`, exported into the folder `name` and to be timed on `inputs`."""
-        file = self.scratch / f"{name}.safetensors"
-        save_file(dict(inputs), file)
-        target = export.Onnx(runtime="cpu")
-        return target.variant(target.write(model, self.scratch / name), name, file)
+        export.Onnx(runtime="cpu").write(model, self.scratch / name)
+        return self._timed(name, inputs)
 
     def unlowered(self, name: str, model: compress.Model, inputs: Mapping[str, Tensor]) -> Variant:
         """`model` as the exporter of transformers writes it, without our rewrites, and to be timed on `inputs`."""
-        folder, file = self.scratch / name, self.scratch / f"{name}.safetensors"
+        save(export_graph(model, opset=export.Onnx().opset, scheme="asymmetric"), model, self.scratch / name)
+        return self._timed(name, inputs)
+
+    def _timed(self, name: str, inputs: Mapping[str, Tensor]) -> Variant:
+        file = self.scratch / f"{name}.safetensors"
         save_file(dict(inputs), file)
-        save(export_graph(model, opset=export.Onnx().opset, scheme="asymmetric"), model, folder)
-        return Variant(name, "export.runners:timed_call", {"folder": str(folder), "inputs": str(file)})
+        return timed(self.scratch / name, name, file)
 
     def timed(self, variants: Sequence[Variant]) -> Timings:
         """The times of `variants`, with the first as the baseline."""

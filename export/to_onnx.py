@@ -69,9 +69,7 @@ class Onnx(Target):
 
     def variant(self, artifact: Artifact, name: str, inputs: Path) -> Variant:
         """How to time `artifact` on the tensors in the safetensors file `inputs`."""
-        return Variant(
-            name, "export.runners:timed_call", {"folder": str(artifact.folder), "inputs": str(inputs)}
-        )
+        return timed(artifact.folder, name, inputs)
 
     def _write_graph(
         self, model: Model, into: Path, observer: Observer
@@ -89,6 +87,11 @@ class Onnx(Target):
         save(exported, model, into)
         facts = {"opset": self.opset, "nodes": graph.num_nodes(), "rewrites": rewrites}
         return specs(graph.inputs), specs(graph.outputs), facts
+
+
+def timed(folder: Path, name: str, inputs: Path) -> Variant:
+    """How to time the graph in `folder` in ONNX Runtime on the tensors in the safetensors file `inputs`."""
+    return Variant(name, "export.runners:timed_call", {"folder": str(folder), "inputs": str(inputs)})
 
 
 def save(exported: ExportedModel, model: Model, into: Path) -> None:

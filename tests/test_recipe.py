@@ -326,12 +326,11 @@ def test_overrides_give_new_values(written, tmp_path):
     text = tmp_path / "b.txt"
     assert recipe.with_calibration(text).data.calibration == Source(text=text, samples=7)
     bare = load_recipe(written("passes: [{use: fold}]\n"))
+    which = r"b.tsv.gz is a table, and nothing says which of its columns to take"
     for field, change in (("calibration", bare.with_calibration), ("training", bare.with_training)):
-        with pytest.raises(
-            DataError, match=r"b.tsv.gz is a table, and nothing says which of its columns"
-        ) as no:
+        with pytest.raises(DataError, match=which) as caught:
             change(table)
-        assert f"`{field}: {{tsv: b.tsv.gz, column: NAME}}`" in no.value.remedy
+        assert f"`{field}: {{tsv: b.tsv.gz, column: NAME}}`" in caught.value.remedy
 
 
 def test_says_what_is_missing_before_any_work(written, tmp_path):

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnx_ir.tape import Tape
 
+from export.lowering.attention import has_cache
 from export.lowering.constants import constant, only_reader, scalar
 
 _HEADS_FIRST = (0, 2, 1, 3)
@@ -44,7 +45,7 @@ def flatten_attentions(model: ir.Model) -> int:
 
 
 def _split(attention: ir.Node) -> _Split | None:
-    if attention.op_type != "Attention" or len(attention.outputs) > 1 or len(attention.inputs) > 4:
+    if attention.op_type != "Attention" or has_cache(attention):
         return None
     query, key, value = (_rows(heads) for heads in attention.inputs[:3])
     guard = _guard(attention)

@@ -7,17 +7,17 @@ keys adds the same to all scores of a query, which the softmax does not see.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from export.lowering.attention import KEYS, VALUES, has_cache, mask_of
 from export.lowering.constants import array, constant
 from export.lowering.shapes import rank, same_shape, size
-
-_KEYS, _VALUES, _MASK = 1, 2, 3
-"""Inputs of `Attention`."""
 
 Places = dict[tuple[ir.Node, int], np.ndarray]
 """What the constant that a node has as its input of this number is to be increased by, in float64."""
@@ -39,15 +39,16 @@ def carry_addends(model: ir.Model) -> int:
     """Move constant vectors from their own Add into constants behind it, in place. Returns the number of Adds gone."""
     taken: Places = {}
     gone = 0
-    for node in list(model.graph):
+    nodes = list(model.graph)
+    for place, node in enumerate(nodes):
         if (addend := _addend(node, taken)) is None:
             continue
         vector, other = addend
         walk = _Walk({node.outputs[0]: vector})
-        if not _carry(model.graph, walk):
+        if not _carry(model.graph, islice(nodes, place + 1, None), walk):
             continue
-        for place, more in walk.taken.items():
-            taken[place] = taken.get(place, 0) + more
+        for key, more in walk.taken.items():
+            taken[key] = taken.get(key, 0) + more
         ir.convenience.replace_all_uses_with(node.outputs[0], other)
         model.graph.remove(node, safe=True)
         gone += 1
@@ -73,9 +74,11 @@ def _addend(node: ir.Node, taken: Places) -> tuple[np.ndarray, ir.Value] | None:
     return None
 
 
-def _carry(graph: ir.Graph, walk: _Walk) -> bool:
-    """Follow what is lacking until constants take it up. False where something in between is not linear."""
-    for node in graph:
+def _carry(graph: ir.Graph, behind: Iterable[ir.Node], walk: _Walk) -> bool:
+    """Follow what is lacking through the nodes `behind` until constants take it up. False where something in between
+    is not linear.
+    """
+    for node in behind:
         if not any(value in walk.lacks for value in node.inputs):
             continue
         if len(node.outputs) != 1 or node.domain != "" or not _pass(node, walk):
@@ -124,18 +127,14 @@ def _past_gemm(node: ir.Node, walk: _Walk) -> bool:
 
 def _past_attention(node: ir.Node, walk: _Walk) -> bool:
     """Keys may lack anything; values may where no query is without keys. What the queries lack matters."""
-    lacking = [index for index, value in enumerate(node.inputs) if value in walk.lacks]
-    if (
-        not {*lacking} <= {_KEYS, _VALUES}
-        or len(node.inputs) > _MASK + 1
-        or node.attributes.get_float("softcap", 0.0)
-    ):
+    lacking = {index for index, value in enumerate(node.inputs) if value in walk.lacks}
+    if not lacking <= {KEYS, VALUES} or has_cache(node) or node.attributes.get_float("softcap", 0.0):
         return False
-    if _VALUES not in lacking:
+    if VALUES not in lacking:
         return True
-    value = node.inputs[_VALUES]
+    value = node.inputs[VALUES]
     heads = [node.attributes.get_int(name, 0) for name in ("q_num_heads", "kv_num_heads")]
-    if any(extra is not None for extra in node.inputs[_MASK:]) or heads[0] != heads[1] or value is None:
+    if mask_of(node) is not None or heads[0] != heads[1] or value is None:
         return False
     walk.lacks[node.outputs[0]] = walk.lacks[value]
     return True

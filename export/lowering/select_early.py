@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from export.lowering.attention import MASK, QUERIES, has_cache, mask_of
 from export.lowering.constants import array, constant, scalar
 from export.lowering.shapes import rank, size
 
@@ -27,8 +28,6 @@ _ACTIVATIONS = frozenset(
 )
 _NORMS = frozenset({"LayerNormalization", "RMSNormalization", "Softmax"})
 _ROUNDING = frozenset({"QuantizeLinear", "DequantizeLinear"})
-_MASK = 3
-"""The input of `Attention` that holds its mask, of one row a query."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +104,13 @@ def _has_no_rows(value: ir.Value | None) -> bool:
 
 
 def _places_of_queries(attention: ir.Node) -> tuple[int, ...]:
-    if attention.attributes.get_int("is_causal", 0) or len(attention.inputs) > _MASK + 1:
+    """Those of the queries, and of a mask with a row for each."""
+    if attention.attributes.get_int("is_causal", 0) or has_cache(attention):
         return ()  # what a query sees depends on where it stands
-    queries, mask = attention.inputs[0], (*attention.inputs, None)[_MASK]
+    mask = mask_of(attention)
     if _has_no_rows(mask):
-        return (0,)
-    return (0, _MASK) if rank(mask) >= _RANK and _same_rows(mask, queries) else ()
+        return (QUERIES,)
+    return (QUERIES, MASK) if _same_rows(mask, attention.inputs[QUERIES]) else ()
 
 
 def _places_side_by_side(node: ir.Node) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes import common
 
+from export.lowering.attention import MASK, mask_of
 from export.lowering.constants import array
 from export.lowering.shapes import same_shape, size
 
@@ -28,8 +29,6 @@ _FOLLOWED = frozenset(map(np.dtype, ("bool", "float16", "float32", "float64", "i
 """Types of numbers that numpy computes with as runtimes do."""
 _NEUTRAL = {"Add": 0, "Mul": 1, "And": True, "Or": False}
 _NEUTRAL_RIGHT = {**_NEUTRAL, "Sub": 0, "Div": 1}
-_MASK = 3
-"""The input of `Attention` that holds its mask."""
 
 Numbers = Mapping[ir.Value, np.ndarray]
 
@@ -64,8 +63,8 @@ def _everywhere(value: ir.Value | None) -> np.ndarray | None:
     content = array(value)
     if content is None or not content.size or content.dtype not in _FOLLOWED:
         return None
-    first = content.reshape(-1)[0]
-    return np.asarray(first) if content.reshape(-1)[-1] == first and (content == first).all() else None
+    first, last = content.flat[0], content.flat[-1]  # most weights are told by these, without a copy
+    return np.asarray(first) if last == first and (content == first).all() else None
 
 
 def _computed(node: ir.Node, numbers: Numbers) -> np.ndarray | None:
@@ -121,13 +120,13 @@ def _drop(node: ir.Node, numbers: Numbers) -> bool:
 
 
 def _drop_mask(attention: ir.Node, numbers: Numbers) -> bool:
-    mask = attention.inputs[_MASK] if len(attention.inputs) > _MASK else None
+    mask = mask_of(attention)
     number = None if mask is None else numbers.get(mask)
     if number is None or number != (number.dtype == np.bool_):  # True keeps a score, and 0 adds nothing to it
         return False
-    attention.replace_input_with(_MASK, None)
-    if len(attention.inputs) == _MASK + 1:
-        attention.resize_inputs(_MASK)
+    attention.replace_input_with(MASK, None)
+    if len(attention.inputs) == MASK + 1:
+        attention.resize_inputs(MASK)
     return True
 
 
